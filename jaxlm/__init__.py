@@ -1,0 +1,1 @@
+"""Train language models with JAX and Flax Linen."""

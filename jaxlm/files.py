@@ -1,0 +1,98 @@
+"""Local and remote paths: reading, atomic writing, JSON lines, compression by suffix.
+
+A path is local, remote (gs://bucket/x, with the extra `gcs`), or `jaxlm://x` for what
+ships inside this package.
+"""
+
+import gzip
+import io
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import zstandard
+from etils import epath
+
+from jaxlm.errors import InputError
+
+PACKAGE = "jaxlm://"
+Pathlike = str | epath.Path
+
+
+def path(name: Pathlike) -> epath.Path:
+  """Returns a path object for a local, remote or packaged name."""
+  if isinstance(name, str) and name.startswith(PACKAGE):
+    return epath.Path(__file__).parent / name.removeprefix(PACKAGE)
+  return epath.Path(name).expanduser()
+
+
+def find(pattern: Pathlike, field: str) -> list[epath.Path]:
+  """Returns the files that a path or a glob pattern names, sorted.
+
+  Raises:
+    InputError: none exists; the message names `field`.
+  """
+  place = path(pattern)
+  if any(mark in place.name for mark in "*?["):
+    found = sorted(place.parent.glob(place.name))
+  else:
+    found = [place] if place.exists() and not place.is_dir() else []
+  if not found:
+    raise InputError(
+      f"{field}: no file at {str(pattern)!r} (looked for {place}). Give an existing "
+      f"file, a glob such as 'texts/*.txt.gz', gs://..., or {PACKAGE}corpora/..."
+    )
+  return found
+
+
+def read_bytes(file: epath.Path) -> bytes:
+  """Reads a file whole, decompressed where its name ends in .gz or .zst."""
+  data = file.read_bytes()
+  try:
+    if file.suffix == ".gz":
+      return gzip.decompress(data)
+    if file.suffix == ".zst":
+      return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+  except (OSError, EOFError, zstandard.ZstdError) as error:
+    raise InputError(f"{file}: not a whole {file.suffix} file ({error})") from error
+  return data
+
+
+def read_text(file: epath.Path) -> str:
+  """Reads UTF-8 text.
+
+  Raises:
+    InputError: a byte that is not UTF-8, with its offset.
+  """
+  try:
+    return read_bytes(file).decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise InputError(
+      f"{file}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file "
+      "first, for example with iconv -f latin1 -t utf-8."
+    ) from error
+
+
+def write_atomic(file: epath.Path, data: str | bytes) -> None:
+  """Writes a file whole or not at all: a temporary neighbour, then a rename."""
+  temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    temporary.replace(file)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def read_jsonl(file: epath.Path) -> Iterator[Any]:
+  """Yields the value of each line.
+
+  Raises:
+    InputError: a line that is not JSON, with its number.
+  """
+  for number, line in enumerate(read_text(file).split("\n"), 1):
+    if line.strip():
+      try:
+        yield json.loads(line)
+      except json.JSONDecodeError as error:
+        raise InputError(f"{file}, line {number}: not JSON ({error})") from error
