@@ -90,9 +90,19 @@ def read_jsonl(file: epath.Path) -> Iterator[Any]:
   Raises:
     InputError: a line that is not JSON, with its number.
   """
+  for _, value in read_numbered_jsonl(file):
+    yield value
+
+
+def read_numbered_jsonl(file: epath.Path) -> Iterator[tuple[int, Any]]:
+  """Yields (line number from 1, value) of each line that is not blank.
+
+  Raises:
+    InputError: a line that is not JSON, with its number.
+  """
   for number, line in enumerate(read_text(file).split("\n"), 1):
     if line.strip():
       try:
-        yield json.loads(line)
+        yield number, json.loads(line)
       except json.JSONDecodeError as error:
         raise InputError(f"{file}, line {number}: not JSON ({error})") from error

@@ -1,0 +1,38 @@
+"""A small Llama on Shakespeare, on a laptop's CPU."""
+
+from jaxlm.data.corpus import Data, Weighted
+from jaxlm.data.sources import Jsonl
+from jaxlm.data.tokenizers import SentencePiece
+from jaxlm.decoding.sampling import Sampling
+from jaxlm.models.spec import GLU, GQA, LM, Block
+from jaxlm.runs.train import Samples, Train
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.optimizers import AdamW
+from jaxlm.training.schedules import WarmupCosine
+
+
+def get_config(
+  *, dim: int = 256, layers: int = 4, seq_len: int = 256, vocab: int = 4096
+) -> Train:
+  """Returns the run; every argument can be given after the file's name."""
+  heads = dim // 64
+  block = Block(
+    mixer=GQA(heads=heads, kv_heads=heads, head_dim=64), mlp=GLU(hidden=dim * 8 // 3)
+  )
+  return Train(
+    model=LM(vocab=vocab, dim=dim, pattern=(block,), repeats=layers, head="tied"),
+    data=Data(
+      sources=(Weighted(source=Jsonl(path="jaxlm://corpora/shakespeare.jsonl.gz")),),
+      tokenizer=SentencePiece(vocab=vocab),
+      seq_len=seq_len,
+      batch=16,
+    ),
+    optimizer=AdamW(lr=WarmupCosine(peak=3e-3, warmup=50)),
+    steps=600,
+    checkpoints=Checkpoints(every=200),
+    samples=Samples(
+      prompts=("Hamlet\n\nACT I", "ROMEO\n", ""),
+      tokens=160,
+      sampling=Sampling(temperature=0.8, top_p=0.95),
+    ),
+  )

@@ -1,0 +1,99 @@
+"""Runs a config: flags -> config -> cfg.run(workdir).
+
+jaxlm --config=configs/llama3.py:size=8b,seq_len=4096 --workdir=/tmp/run
+    --config.optimizer.lr.peak=1e-4 --config.mesh.tensor=8
+"""
+
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from jaxlm import config
+from jaxlm.errors import InputError
+
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "Config file and the arguments of its get_config: path.py:name=value,... "
+  "--config.path.to.field=value changes a field of the result; repeat it at will.",
+  required=True,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run's checkpoints and metrics, local or remote."
+)
+_EXPLAIN = flags.DEFINE_bool(
+  "explain", False, "Print every field of the config with its type and doc, and exit."
+)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Splits "--config.path=value" and "--config.path value" out of the arguments.
+
+  Returns:
+    The other arguments, and the overrides as "path=value", both in order.
+  """
+  rest, overrides = [], []
+  words = iter(argv)
+  for word in words:
+    if word == "--":
+      return [*rest, word, *words], overrides
+    found = re.fullmatch(r"--?config\.([^=]*)(=.*)?", word, re.DOTALL)
+    if not found:
+      rest.append(word)
+    elif found[2]:
+      overrides.append(found[1] + found[2])
+    else:
+      value = next(words, "--")
+      if value.startswith("--"):
+        raise InputError(f"{word} has no value: write {word}=value")
+      overrides.append(f"{found[1]}={value}")
+  return rest, overrides
+
+
+def _help() -> str:
+  options = [_CONFIG, _WORKDIR, _EXPLAIN]
+  lines = [f"  --{option.name}: {flags.FLAGS[option.name].help}" for option in options]
+  lines.append("  --helpfull: The flags of absl too.")
+  wrapped = [textwrap.fill(line, 88, subsequent_indent="    ") for line in lines]
+  return "\n".join([__doc__ or "", *wrapped])
+
+
+def main() -> None:
+  """The console command; exits with 2 on bad input and 130 on an interrupt."""
+  overrides: list[str] = []
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    rest, found = split_overrides(argv)
+    if {"--help", "-help", "-h"} & set(rest):
+      print(_help())
+      sys.exit(0)
+    overrides.extend(found)
+    return app.parse_flags_with_usage(rest)
+
+  def run(argv: Sequence[str]) -> None:
+    if argv[1:]:
+      raise InputError(f"not a flag: {' '.join(argv[1:])}; see --help")
+    if not (_WORKDIR.value or _EXPLAIN.value):
+      raise InputError("--workdir=FOLDER is required, or --explain to see the config")
+    cfg = config.override(config.load(_CONFIG.value), overrides)
+    if _EXPLAIN.value:
+      print(config.explain(cfg))
+    elif hasattr(cfg, "run"):
+      cfg.run(_WORKDIR.value)
+    else:
+      raise InputError(f"{_CONFIG.value}: {type(cfg).__name__} has no run(workdir)")
+
+  try:
+    app.run(run, flags_parser=parse)
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,118 @@
+"""Grouped-query attention over a sequence, or over a cache of earlier keys."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.models import spec
+from jaxlm.models.norms import Norm
+from jaxlm.models.parameters import bias, matrix
+from jaxlm.models.positions import rope_frequencies
+from jaxlm.ops.attention import attend
+from jaxlm.ops.masks import attention_mask
+from jaxlm.ops.rope import alibi_slopes, rotate
+from jaxlm.ops.weights import einsum
+from jaxlm.shapes import Array, Float, Int
+from jaxlm.sharding.rules import Layout
+
+
+class KVCache(NamedTuple):
+  """Keys and values of one layer; slot s of a row holds its position s."""
+
+  k_BSGK: Float[Array, "B S G K"]
+  v_BSGK: Float[Array, "B S G K"]
+
+
+class Attention(nn.Module):
+  """GQA by its spec."""
+
+  spec: spec.GQA
+  precision: spec.Precision
+  layout: Layout
+  depth: int
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"] | None,
+    cache: KVCache | None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Returns the update to the residual stream and the cache with these keys."""
+    D, H, G, K = x_BTD.shape[-1], self.spec.heads, self.spec.kv_heads, self.spec.head_dim
+    q_BTHK = self._heads("q", x_BTD, (D, H, K), ("embed", "heads", "head_dim"))
+    k_BTGK = self._heads("k", x_BTD, (D, G, K), ("embed", "kv_heads", "head_dim"))
+    v_BTGK = self._heads("v", x_BTD, (D, G, K), ("embed", "kv_heads", "head_dim"))
+    if self.spec.qk_norm is not None:
+      q_BTHK = Norm(self.spec.qk_norm, self.precision, name="q_norm")(q_BTHK)
+      k_BTGK = Norm(self.spec.qk_norm, self.precision, name="k_norm")(k_BTGK)
+    if isinstance(self.spec.positions, spec.RoPE):
+      frequencies, magnitude = rope_frequencies(self.spec.positions, K)
+      q_BTHK = rotate(q_BTHK, positions_BT, frequencies, magnitude=magnitude)
+      k_BTGK = rotate(k_BTGK, positions_BT, frequencies, magnitude=magnitude)
+    if cache is None:
+      k_BSGK, v_BSGK, slots_BS = k_BTGK, v_BTGK, positions_BT
+    else:
+      cache = _write(cache, k_BTGK, v_BTGK, positions_BT)
+      k_BSGK, v_BSGK = (a.astype(x_BTD.dtype) for a in cache)
+      slots_BS = jnp.broadcast_to(jnp.arange(k_BSGK.shape[1])[None], k_BSGK.shape[:2])
+    mask_BTS = attention_mask(
+      positions_BT,
+      slots_BS,
+      window=self.spec.window,
+      segments_BT=segments_BT,
+      key_segments_BS=segments_BT,
+    )
+    out_BTHK = attend(
+      q_BTHK,
+      k_BSGK,
+      v_BSGK,
+      mask_BTS,
+      scale=K**-0.5 if self.spec.scale is None else self.spec.scale,
+      softcap=self.spec.softcap,
+      bias_BHTS=self._bias(positions_BT, slots_BS),
+    )
+    out_BTHK = self.layout.constrain(
+      out_BTHK, "batch", "sequence", "heads", "head_dim"
+    )
+    return self._output(out_BTHK, D), cache
+
+  def _heads(
+    self, name: str, x: Array, shape: tuple[int, ...], axes: tuple[str, ...]
+  ) -> Array:
+    weight = matrix(self, name, shape, axes, dtype=self.precision.params)
+    y = einsum("BTD,DHK->BTHK", x, weight)
+    if self.spec.bias != "none":
+      y += bias(self, f"{name}_bias", shape[1:], self.precision.params).astype(y.dtype)[
+        None, None
+      ]
+    return self.layout.constrain(y, "batch", "sequence", axes[1], "head_dim")
+
+  def _output(self, out_BTHK: Array, dim: int) -> Array:
+    shape = (*out_BTHK.shape[2:], dim)
+    axes = ("heads", "head_dim", "embed")
+    dtype = self.precision.params
+    scale = (2 * self.depth) ** -0.5
+    weight = matrix(self, "o", shape, axes, dtype=dtype, inputs=2, scale=scale)
+    y = einsum("BTHK,HKD->BTD", out_BTHK, weight)
+    if self.spec.bias == "all":
+      y += bias(self, "o_bias", (dim,), dtype).astype(y.dtype)[None, None]
+    return y
+
+  def _bias(self, positions_BT: Array, slots_BS: Array) -> Array | None:
+    if not isinstance(self.spec.positions, spec.ALiBi):
+      return None
+    distance = positions_BT[:, None, :, None] - slots_BS[:, None, None, :]
+    slopes = alibi_slopes(self.spec.heads).reshape(1, -1, 1, 1)
+    return -slopes.astype(np.float32) * distance.astype(jnp.float32)
+
+
+def _write(cache: KVCache, k: Array, v: Array, positions_BT: Array) -> KVCache:
+  rows = jnp.arange(k.shape[0])[:, None]
+  return KVCache(
+    cache.k_BSGK.at[rows, positions_BT].set(k.astype(cache.k_BSGK.dtype)),
+    cache.v_BSGK.at[rows, positions_BT].set(v.astype(cache.v_BSGK.dtype)),
+  )

@@ -1,0 +1,242 @@
+"""The only decoder: embeds, unrolls the prefix, scans the pattern, norms.
+
+Each spec type stands in one table with the module that runs it; a new mixer is one file
+and one row.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.errors import InputError
+from jaxlm.models import spec
+from jaxlm.models.attention import Attention
+from jaxlm.models.mlp import FeedForward
+from jaxlm.models.norms import Norm
+from jaxlm.models.parameters import matrix, table
+from jaxlm.ops.attention import soft_cap
+from jaxlm.ops.rope import sinusoids
+from jaxlm.ops.weights import einsum, lookup
+from jaxlm.shapes import Array, Float, Int, PyTree
+from jaxlm.sharding.rules import Layout
+
+MODULES: dict[type, type[nn.Module]] = {
+  spec.GQA: Attention,
+  spec.GLU: FeedForward,
+  spec.MLP: FeedForward,
+}
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+  "full": None,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_without_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+  """A mixer and an MLP with their norms and residual connections."""
+
+  spec: spec.Block
+  precision: spec.Precision
+  layout: Layout
+  depth: int
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, cache: Any, positions_BT: Array, segments_BT: Array | None
+  ) -> tuple[Array, Any]:
+    """Returns the residual stream and this block's cache."""
+    shared = (self.precision, self.layout, self.depth)
+    mixer = MODULES[type(self.spec.mixer)](self.spec.mixer, *shared, name="mixer")
+
+    def mix(y_BTD: Array) -> Array:
+      nonlocal cache
+      out_BTD, cache = mixer(y_BTD, positions_BT, segments_BT, cache)
+      return out_BTD
+
+    x_BTD = self._residual("mixer", mix, x_BTD)
+    if self.spec.mlp is not None:
+      mlp = MODULES[type(self.spec.mlp)](self.spec.mlp, *shared, name="mlp")
+      x_BTD = self._residual("mlp", mlp, x_BTD)
+    return x_BTD, cache
+
+  def _residual(self, name: str, fn: Callable, x_BTD: Array) -> Array:
+    def norm(place: str, y_BTD: Array) -> Array:
+      return Norm(self.spec.norm, self.precision, name=f"{name}_{place}_norm")(y_BTD)
+
+    match self.spec.placement:
+      case "pre":
+        x_BTD += fn(norm("pre", x_BTD))
+      case "post":
+        x_BTD = norm("post", x_BTD + fn(x_BTD))
+      case "output":
+        x_BTD += norm("post", fn(x_BTD))
+      case "sandwich":
+        x_BTD += norm("post", fn(norm("pre", x_BTD)))
+    return self.layout.constrain(x_BTD, "batch", "sequence", "residual")
+
+
+class Pattern(nn.Module):
+  """One pass over the pattern: the body of the scan."""
+
+  spec: spec.LM
+  precision: spec.Precision
+  layout: Layout
+  remat: spec.Remat
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, caches: Any, positions_BT: Array, segments_BT: Array | None
+  ) -> tuple[Array, Any]:
+    """Returns the residual stream and the caches of the pattern's blocks."""
+    new = []
+    for i, (block, cache) in enumerate(zip(self.spec.pattern, caches, strict=True)):
+      run = remat(Block, self.remat)(
+        block, self.precision, self.layout, len(self.spec.blocks), name=str(i)
+      )
+      x_BTD, cache = run(x_BTD, cache, positions_BT, segments_BT)
+      new.append(cache)
+    return x_BTD, tuple(new)
+
+
+def remat(module: type[nn.Module], policy: spec.Remat) -> type[nn.Module]:
+  """Returns the module with its activations recomputed by the named policy."""
+  if policy == "none":
+    return module
+  return nn.remat(module, policy=POLICIES[policy], prevent_cse=False)
+
+
+class Embed(nn.Module):
+  """Token embedding, scaled, with absolute positions where the spec has them."""
+
+  spec: spec.LM
+  precision: spec.Precision
+  layout: Layout
+
+  @nn.compact
+  def __call__(
+    self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+  ) -> Float[Array, "B T D"]:
+    """Returns the residual stream's start."""
+    dim, dtypes = self.spec.dim, self.precision
+    axes = ("vocab", "embed")
+    rows = table(self, "table", (self.spec.vocab, dim), axes, dtypes.params)
+    x_BTD = lookup(rows, tokens_BT, dtypes.compute) * self.spec.embed_scale
+    match self.spec.positions:
+      case spec.Learned(length=length):
+        if tokens_BT.shape[1] > length:
+          raise InputError(
+            f"model.positions.length: {length} positions are learned and the input has "
+            f"{tokens_BT.shape[1]}. Shorten data.seq_len or lengthen the table."
+          )
+        axes = ("positions", "embed")
+        learned = table(self, "positions", (length, dim), axes, dtypes.params)
+        x_BTD += lookup(learned, positions_BT, dtypes.compute)
+      case spec.Sinusoidal(base=base):
+        x_BTD += sinusoids(positions_BT, dim, base).astype(x_BTD.dtype)
+    return self.layout.constrain(x_BTD, "batch", "sequence", "residual")
+
+
+class Decoder(nn.Module):
+  """Tokens to the residual stream after the final norm."""
+
+  spec: spec.LM
+  precision: spec.Precision
+  layout: Layout
+  remat: spec.Remat = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"] | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    cache: PyTree | None = None,
+  ) -> tuple[Float[Array, "B T D"], PyTree | None]:
+    """Returns the normed residual stream and the cache with these tokens.
+
+    Positions count within a segment (0, 1, ... when not given). With a cache, a token's
+    keys go to the slot of its position, and it sees the slots up to there.
+    """
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(
+        jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape
+      )
+    x_BTD = Embed(self.spec, self.precision, self.layout, name="embed")(
+      tokens_BT, positions_BT
+    )
+    none = {"prefix": (None,) * len(self.spec.prefix)}
+    caches = cache or none | {"layers": (None,) * len(self.spec.pattern)}
+    prefix = []
+    for i, block in enumerate(self.spec.prefix):
+      run = remat(Block, self.remat)(
+        block,
+        self.precision,
+        self.layout,
+        len(self.spec.blocks),
+        name=f"prefix_{i}",
+      )
+      x_BTD, new = run(x_BTD, caches["prefix"][i], positions_BT, segments_BT)
+      prefix.append(new)
+    x_BTD, layers = self._scan(x_BTD, caches["layers"], positions_BT, segments_BT)
+    x_BTD = Norm(self.spec.final_norm, self.precision, name="final_norm")(x_BTD)
+    if self.spec.head == "untied":
+      shape = (self.spec.dim, self.spec.vocab)
+      matrix(self, "head", shape, ("embed", "vocab"), dtype=self.precision.params)
+    return x_BTD, {"prefix": tuple(prefix), "layers": layers} if cache else None
+
+  def _scan(
+    self, x_BTD: Array, caches: Any, positions_BT: Array, segments_BT: Array | None
+  ) -> tuple[Array, Any]:
+    scanned = nn.scan(
+      Pattern,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=self.spec.repeats,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    layers = scanned(
+      self.spec, self.precision, self.layout, self.remat, name="layers"
+    )
+    return layers(x_BTD, caches, positions_BT, segments_BT)
+
+
+def head_weight(model: spec.LM, params: PyTree) -> Float[Array, "D V"]:
+  """Returns the matrix from the residual stream to logits."""
+  return params["embed"]["table"].T if model.head == "tied" else params["head"]
+
+
+def logits(
+  model: spec.LM, params: PyTree, x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+  """Returns float32 logits; the loss never calls this, it works in chunks."""
+  y_BTV = einsum("BTD,DV->BTV", x_BTD, head_weight(model, params))
+  return soft_cap(y_BTV.astype(jnp.float32), model.softcap)
+
+
+def init(decoder: Decoder, key: Array) -> PyTree:
+  """Returns parameters boxed with their logical axes; `unbox` or `axes_of` them."""
+  return decoder.init(key, jnp.zeros((decoder.layout.size("batch"), 1), jnp.int32))[
+    "params"
+  ]
+
+
+def unbox(boxed: PyTree) -> PyTree:
+  """Returns plain nested dicts of arrays."""
+  return nn.meta.unbox(boxed)
+
+
+def axes_of(boxed: PyTree) -> PyTree:
+  """Returns the same tree with each leaf's logical axes as a tuple of names."""
+  is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+  return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+
+
+def count_leaves(params: PyTree) -> int:
+  """Returns the number of parameters."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

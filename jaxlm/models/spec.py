@@ -1,0 +1,251 @@
+"""The vocabulary of architectures: frozen dataclasses that say what a model is.
+
+Nothing here imports JAX, so that configs load fast and counts need no device.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jaxlm.errors import InputError
+
+
+def _require(holds: bool, message: str) -> None:
+  if not holds:
+    raise InputError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+  """Positions divided by a factor (Chen et al. 2023)."""
+
+  factor: float
+  """How many times longer the context becomes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NTKScaling:
+  """A larger base, base * factor^(n / (n - 2)) with n rotated dims (NTK-aware)."""
+
+  factor: float
+  """How many times longer the context becomes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YaRNScaling:
+  """Slow dims interpolated, fast ones kept, a ramp between (Peng et al. 2023)."""
+
+  factor: float
+  """How many times longer the context becomes."""
+  original_length: int
+  """Context length before the extension, in tokens."""
+  beta_fast: float = 32.0
+  """Dims that turn at least this often within the original length are kept."""
+  beta_slow: float = 1.0
+  """Dims that turn at most this often are interpolated in full."""
+  magnitude: float | None = None
+  """Factor on sine and cosine; None: 0.1 ln(factor) + 1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+  """Long wavelengths divided by a factor, short ones kept, a blend between."""
+
+  factor: float
+  """How many times longer the context becomes."""
+  original_length: int = 8192
+  """Context length before the extension, in tokens."""
+  low_frequency: float = 1.0
+  """Wavelengths over original_length / this are divided in full."""
+  high_frequency: float = 4.0
+  """Wavelengths under original_length / this are kept."""
+
+
+Scaling = LinearScaling | NTKScaling | YaRNScaling | Llama3Scaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoPE:
+  """Rotary positions on queries and keys."""
+
+  base: float = 10_000.0
+  """Longest wavelength is about base * 2 pi tokens."""
+  fraction: float = 1.0
+  """Share of a head's dims that turn."""
+  scaling: Scaling | None = None
+  """How the context was extended, if it was."""
+
+  def __post_init__(self):
+    _require(0 < self.fraction <= 1, f"fraction: {self.fraction} is not in (0, 1].")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ALiBi:
+  """A penalty on attention scores that grows with distance, by head."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+  """A learned vector per absolute position, added to the embedding."""
+
+  length: int
+  """Positions in the table; longer inputs are refused."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sinusoidal:
+  """Fixed sines and cosines of the position, added to the embedding."""
+
+  base: float = 10_000.0
+  """Ratio of the longest to the shortest wavelength."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSNorm:
+  """x / rms(x) * (offset + scale)."""
+
+  eps: float = 1e-5
+  """Added to the mean square."""
+  offset: float = 0.0
+  """Added to the learned scale, which starts at 1 - offset."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+  """(x - mean) / std * scale + bias."""
+
+  eps: float = 1e-5
+  """Added to the variance."""
+  bias: bool = True
+  """Whether a learned bias is added."""
+
+
+Norm = RMSNorm | LayerNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQA:
+  """Grouped-query attention; kv_heads = heads is MHA, kv_heads = 1 is MQA."""
+
+  heads: int
+  """Query heads."""
+  kv_heads: int
+  """Key-value heads; divides heads."""
+  head_dim: int
+  """Dim of a head."""
+  positions: RoPE | ALiBi | None = dataclasses.field(default_factory=RoPE)
+  """How the mixer knows positions; None leaves it to the embedding, if at all."""
+  window: int | None = None
+  """How many keys a query sees, itself among them; None: all before it."""
+  softcap: float | None = None
+  """Scores are bounded to this by tanh."""
+  qk_norm: Norm | None = None
+  """Norm over each head of queries and keys, before positions."""
+  scale: float | None = None
+  """Factor on scores; None: head_dim^-0.5."""
+  bias: Literal["none", "qkv", "all"] = "none"
+  """Which projections carry a bias; 'all' adds the output."""
+
+  def __post_init__(self):
+    _require(
+      self.heads >= 1 and self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
+      f"kv_heads: {self.kv_heads} does not divide heads, {self.heads}.",
+    )
+    _require(self.head_dim >= 1, f"head_dim: {self.head_dim} is not positive.")
+    _require(
+      self.window is None or self.window >= 1, f"window: {self.window} is under 1."
+    )
+
+
+Mixer = GQA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GLU:
+  """Gated MLP: down(activation(gate(x)) * up(x)); SwiGLU, GeGLU, ReGLU."""
+
+  hidden: int
+  """Hidden units."""
+  activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+  """silu gives SwiGLU, gelu GeGLU, relu ReGLU."""
+  bias: Literal["none", "all"] = "none"
+  """Which projections carry a bias."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLP:
+  """Plain MLP: down(activation(up(x)))."""
+
+  hidden: int
+  """Hidden units."""
+  activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"] = "gelu"
+  """relu2 is the square of relu."""
+  bias: Literal["none", "all"] = "none"
+  """Which projections carry a bias."""
+
+
+Placement = Literal["pre", "post", "output", "sandwich"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+  """A mixer and an MLP, each with norms and a residual connection."""
+
+  mixer: Mixer
+  """Mixes positions."""
+  mlp: GLU | MLP | None
+  """Mixes features of each position; None leaves it out."""
+  norm: Norm = dataclasses.field(default_factory=RMSNorm)
+  """The norms of this block."""
+  placement: Placement = "pre"
+  """pre: x + f(norm(x)); post: norm(x + f(x)); output: x + norm(f(x)); sandwich: x +
+  norm(f(norm(x)))."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LM:
+  """A decoder-only language model: prefix once, then `repeats` times the pattern."""
+
+  vocab: int
+  """Rows of the embedding."""
+  dim: int
+  """Width of the residual stream."""
+  pattern: tuple[Block, ...]
+  """The blocks that repeat; one scan runs over the repeats."""
+  repeats: int
+  """How often the pattern stands."""
+  prefix: tuple[Block, ...] = ()
+  """Blocks before the pattern, each once."""
+  positions: Learned | Sinusoidal | None = None
+  """Positions added to the embedding; rotary ones belong to the mixer."""
+  embed_scale: float = 1.0
+  """Factor on the embedding."""
+  final_norm: Norm = dataclasses.field(default_factory=RMSNorm)
+  """The norm before the head."""
+  head: Literal["tied", "untied"] = "untied"
+  """Whether the head is the embedding's transpose."""
+  softcap: float | None = None
+  """Logits are bounded to this by tanh."""
+
+  def __post_init__(self):
+    for field in ("vocab", "dim", "repeats"):
+      value = getattr(self, field)
+      _require(value >= 1, f"model.{field}: {value} is not positive.")
+    _require(len(self.pattern) >= 1, "model.pattern: needs at least one block.")
+
+  @property
+  def blocks(self) -> tuple[Block, ...]:
+    """Every block in order."""
+    return self.prefix + self.pattern * self.repeats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+  """Dtypes. Logits, softmax and norm statistics are float32 under every choice."""
+
+  params: Literal["float32", "bfloat16"] = "float32"
+  """Dtype that parameters and their gradients are kept in."""
+  compute: Literal["float32", "bfloat16"] = "float32"
+  """Dtype of activations and matrix products."""
+
+
+Remat = Literal["none", "full", "dots", "dots_without_batch"]

@@ -1,0 +1,8 @@
+"""Pure functions on arrays; none owns a parameter.
+
+weights.py    the one einsum and the one lookup that read parameters
+attention.py  scores, softmax, values: grouped heads, softcap, bias, mask
+masks.py      who may attend to whom: causal, segments, windows
+rope.py       rotary positions and their scalings, sinusoids, ALiBi slopes
+losses.py     next-token cross-entropy in chunks that never holds all logits
+"""

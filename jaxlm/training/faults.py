@@ -1,0 +1,50 @@
+"""What stops a run early: Ctrl-C, SIGTERM, values that are not finite."""
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
+
+from jaxlm.errors import InputError
+
+
+class Stop:
+  """Whether the user or the machine has asked the run to end."""
+
+  def __init__(self):
+    self.reason: str | None = None
+
+  def ask(self, number: int, _frame: object) -> None:
+    """Notes the first signal; the second one interrupts at once."""
+    if self.reason is not None:
+      raise KeyboardInterrupt
+    self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def graceful() -> Iterator[Stop]:
+  """Turns the first Ctrl-C or SIGTERM into a note that the loop reads after a step.
+
+  Outside the main thread (a notebook's worker) signals stay as they are.
+  """
+  stop = Stop()
+  before = {}
+  try:
+    for number in (signal.SIGINT, signal.SIGTERM):
+      with contextlib.suppress(ValueError):
+        before[number] = signal.signal(number, stop.ask)
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def require_finite(step: int, metrics: dict[str, float]) -> None:
+  """Raises InputError naming the step and the value that is not finite."""
+  for name in ("loss", "grad_norm"):
+    if not math.isfinite(metrics[name]):
+      raise InputError(
+        f"step {step}: {name} is {metrics[name]}. Nothing was saved since the last "
+        "checkpoint. Lower optimizer.lr.peak, lengthen its warmup, or lower "
+        "optimizer.clip, then run the same command in a new --workdir."
+      )

@@ -1,0 +1,129 @@
+"""The loop: batch -> step -> metrics, evaluation, checkpoint, in that order."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+
+from jaxlm.training.checkpoints import Store
+from jaxlm.training.faults import graceful, require_finite
+from jaxlm.training.metrics import Writer
+from jaxlm.training.objective import Batch
+from jaxlm.training.state import TrainState
+from jaxlm.training.step import Metrics
+
+
+class Parts(NamedTuple):
+  """What the loop works with."""
+
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  """Compiled; takes the state's buffers."""
+  batches: Iterator[Batch]
+  """Global arrays on the mesh, from the first step on."""
+  evaluate: Callable[[TrainState], dict[str, float]]
+  store: Store
+  writer: Writer
+
+
+class Cadence(NamedTuple):
+  """When things happen, in steps."""
+
+  steps: int
+  log: int
+  evaluate: int
+  save: int
+  tokens: int
+  """Tokens in a batch, for the speed shown."""
+
+
+class Outcome(NamedTuple):
+  """How the loop ended."""
+
+  state: TrainState
+  step: int
+  stopped: str | None
+  """The signal that ended it early, if one did."""
+
+
+def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outcome:
+  """Runs from step `start` to `cadence.steps`.
+
+  The metrics of a step are fetched while the next one runs. Before a checkpoint is
+  written, every row up to its step stands in metrics.jsonl, so that a killed run goes
+  on with the rows that an uninterrupted one has.
+
+  Raises:
+    InputError: the loss or gradient is not finite, or a checkpoint cannot be written.
+  """
+  clock = Clock(cadence.tokens)
+  late: tuple[int, Metrics] | None = None
+
+  def report() -> None:
+    nonlocal late
+    if late is None:
+      return
+    step, metrics = late
+    late = None
+    row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    require_finite(step, row)
+    speed = clock.tick(step)
+    logged = step % cadence.log == 0 or step == cadence.steps
+    if logged:
+      parts.writer.write(step, row | speed)
+    left = (cadence.steps - step) * clock.seconds_a_step
+    shown = {"loss": row["loss"], "tok/s": speed["tokens_per_second"], "left_s": left}
+    parts.writer.progress(step, shown, logged)
+
+  step = start
+  clock.start(start)
+  with graceful() as stop:
+    while step < cadence.steps and stop.reason is None:
+      batch = next(parts.batches)
+      state, metrics = parts.step(state, batch)
+      report()
+      step += 1
+      late = (step, metrics)
+      last = step == cadence.steps or stop.reason is not None
+      evaluates = step % cadence.evaluate == 0 or step == cadence.steps
+      if not (last or evaluates or step % cadence.save == 0):
+        continue
+      report()
+      if evaluates:
+        scores = parts.evaluate(state)
+        parts.writer.write(step, scores)
+        parts.writer.say(f"step {step}/{cadence.steps}  {_words(scores)}")
+      if last or step % cadence.save == 0:
+        parts.store.save(step, state, {"next_batch": step})
+      clock.start(step)
+  report()
+  parts.store.wait()
+  return Outcome(state, step, stop.reason if step < cadence.steps else None)
+
+
+class Clock:
+  """Speed between reports, without the time of evaluations and saves."""
+
+  def __init__(self, tokens: int):
+    """`tokens` is the number in a batch."""
+    self._tokens = tokens
+    self._since = (0, 0.0)
+    self.seconds_a_step = 0.0
+
+  def start(self, step: int) -> None:
+    """Begins to count at a step."""
+    self._since = (step, time.perf_counter())
+
+  def tick(self, step: int) -> dict[str, float]:
+    """Returns seconds a step and tokens a second since the last call."""
+    before, at = self._since
+    now = time.perf_counter()
+    seconds = (now - at) / max(step - before, 1)
+    self._since = (step, now)
+    smooth = 0.9 * self.seconds_a_step + 0.1 * seconds
+    self.seconds_a_step = smooth if self.seconds_a_step else seconds
+    return {"seconds": seconds, "tokens_per_second": self._tokens / max(seconds, 1e-9)}
+
+
+def _words(scores: dict[str, float]) -> str:
+  return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())

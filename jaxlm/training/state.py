@@ -1,0 +1,89 @@
+"""The one pytree that a step maps to the next; created sharded, never whole."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.errors import InputError
+from jaxlm.models import decoder as decoders
+from jaxlm.models.decoder import Decoder
+from jaxlm.shapes import Array, Int, PyTree
+from jaxlm.sharding.rules import Layout, check_divides, replicated_share
+
+REPLICATED_LIMIT = 0.02
+
+
+class TrainState(NamedTuple):
+  """Everything that a step reads and writes."""
+
+  step: Int[Array, ""]
+  params: PyTree
+  opt_state: PyTree
+  rng: Array
+  ema: PyTree | None
+
+
+class Plan(NamedTuple):
+  """Shapes and shardings of the state, before any array exists."""
+
+  shapes: TrainState
+  shardings: TrainState
+
+
+def axes_of(decoder: Decoder) -> PyTree:
+  """Returns each parameter's logical axes, without making an array."""
+  boxed = jax.eval_shape(lambda key: decoders.init(decoder, key), jax.random.key(0))
+  return decoders.axes_of(boxed)
+
+
+def create(
+  decoder: Decoder, transform: optax.GradientTransformation, seed: int, *, ema: bool
+):
+  """Returns (plan, function that makes the state sharded as the plan says).
+
+  Raises:
+    InputError: the mesh does not divide a parameter, or more than 2% of the parameter
+      bytes would be whole on every device of a mesh that should split them.
+  """
+  layout = decoder.layout
+
+  def make(key: Array) -> TrainState:
+    init_key, rng = jax.random.split(key)
+    params = decoders.unbox(decoders.init(decoder, init_key))
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, transform.init(params), rng, average)
+
+  key = jax.random.key(seed)
+  shapes = jax.eval_shape(make, key)
+  shardings = _shardings(layout, shapes, transform, axes_of(decoder))
+  check_divides(layout, shapes.params, shardings.params)
+  share = replicated_share(layout, shapes.params, shardings.params)
+  if share > REPLICATED_LIMIT:
+    raise InputError(
+      f"sharding: {share:.1%} of the parameter bytes would be whole on every device; "
+      f"at most {REPLICATED_LIMIT:.0%} may. Split the axes 'embed' or 'vocab' in the "
+      "sharding rules, or use the mesh axis 'data' for replicas."
+    )
+  plan = Plan(shapes, shardings)
+  return plan, lambda: jax.jit(make, out_shardings=shardings)(key)
+
+
+def _shardings(
+  layout: Layout, shapes: TrainState, transform, axes: PyTree
+) -> TrainState:
+  whole = layout.sharding()
+  is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+  params = jax.tree.map(lambda names: layout.sharding(*names), axes, is_leaf=is_axes)
+  like_param = optax.tree_map_params(
+    transform,
+    lambda leaf, sharding, param: sharding if leaf.shape == param.shape else whole,
+    shapes.opt_state,
+    params,
+    shapes.params,
+    transform_non_params=lambda _: whole,
+  )
+  ema = None if shapes.ema is None else params
+  return TrainState(whole, params, like_param, whole, ema)

@@ -1,0 +1,113 @@
+"""The training step: state, batch -> state, metrics; one jit for every objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.shapes import Array, PyTree
+from jaxlm.sharding.rules import Layout
+from jaxlm.training import optimizers
+from jaxlm.training.objective import Batch, Objective, Ratio, Terms
+from jaxlm.training.state import Plan, TrainState
+
+Metrics = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+  objective: Objective,
+  optimizer: optimizers.Built,
+  *,
+  micro_batches: int = 1,
+  ema_decay: float | None = None,
+) -> Step:
+  """Returns the pure step.
+
+  Numerators, denominators and gradients are summed over micro-batches and devices
+  before anything is divided, so neither accumulation nor packing changes the loss.
+  Metrics: loss, grad_norm, lr and the objective's own, all float32 scalars.
+  """
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    rng = jax.random.fold_in(state.rng, state.step)
+    terms, grads = accumulate(objective, state.params, batch, rng, micro_batches)
+    grads = jax.tree.map(lambda g: (g / terms.denominator).astype(g.dtype), grads)
+    updates, opt_state = optimizer.transform.update(
+      grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None and ema_decay is not None:
+      ema = optimizers.decayed(params, ema, ema_decay)
+    metrics = ratios(terms) | {
+      "grad_norm": optimizers.norm(grads),
+      "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.rng, ema), metrics
+
+  return step
+
+
+def accumulate(
+  objective: Objective, params: PyTree, batch: Batch, rng: Array, micro_batches: int
+) -> tuple[Terms, PyTree]:
+  """Returns the summed terms and the gradient of the summed numerator.
+
+  Row r of the batch belongs to micro-batch r mod `micro_batches`, so each device keeps
+  its own rows.
+  """
+
+  def numerator(params: PyTree, batch: Batch, rng: Array) -> tuple[Array, Terms]:
+    terms = objective(params, batch, rng)
+    return terms.numerator, terms
+
+  gradient = jax.value_and_grad(numerator, has_aux=True)
+  if micro_batches == 1:
+    (_, terms), grads = gradient(params, batch, rng)
+    return terms, grads
+
+  def split(a: Array) -> Array:
+    return jnp.moveaxis(a.reshape(-1, micro_batches, *a.shape[1:]), 1, 0)
+
+  def add(sums: Any, micro: tuple[Batch, Array]) -> tuple[Any, None]:
+    part, rng = micro
+    (_, terms), grads = gradient(params, part, rng)
+    return jax.tree.map(jnp.add, sums, (terms, grads)), None
+
+  micro = (jax.tree.map(split, batch), jax.random.split(rng, micro_batches))
+  first = jax.tree.map(lambda a: a[0], micro)
+  zeros = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype),
+    jax.eval_shape(lambda: (objective(params, *first), params)),
+  )
+  (terms, grads), _ = jax.lax.scan(add, zeros, micro)
+  return terms, grads
+
+
+def ratios(terms: Terms) -> Metrics:
+  """Returns the loss and the metrics, each sum divided by its own count."""
+
+  def divide(ratio: Ratio) -> Array:
+    return ratio.numerator / ratio.denominator
+
+  loss = terms.numerator / terms.denominator
+  return {"loss": loss} | {name: divide(r) for name, r in terms.metrics.items()}
+
+
+def compile_step(step: Step, plan: Plan, layout: Layout, batch: Any):
+  """Returns the step compiled for a plan; the state's buffers are given away.
+
+  `batch` holds a ShapeDtypeStruct for each array, rows first.
+  """
+  rows = layout.sharding("batch", "sequence")
+  shardings = jax.tree.map(lambda _: rows, batch)
+  jitted = jax.jit(
+    step,
+    in_shardings=(plan.shardings, shardings),
+    out_shardings=(plan.shardings, None),
+    donate_argnums=0,
+  )
+  return jitted.lower(plan.shapes, batch).compile()
