@@ -70,12 +70,17 @@ class Data:
   threads: int = 2
   """Threads that make batches."""
   prefetch: int = 4
-  """Batches made ahead of time."""
+  """Batches made ahead of time, at least one a thread."""
 
   def __post_init__(self):
     for name in ("seq_len", "batch", "threads", "prefetch"):
       if vars(self)[name] < 1:
         raise InputError(f"data.{name}: {vars(self)[name]} is not at least 1.")
+    if self.prefetch < self.threads:
+      raise InputError(
+        f"data.prefetch: {self.prefetch} is below data.threads={self.threads}, so some "
+        "threads would never work."
+      )
     if not self.sources:
       raise InputError("data.sources: empty; give at least one Weighted(source=...).")
     if not 0 <= self.held_out < 1:

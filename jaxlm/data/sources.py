@@ -18,6 +18,8 @@ from etils import epath
 from jaxlm import files
 from jaxlm.errors import InputError, nearest
 
+_RECORDS = 256  # read at a time
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
@@ -144,26 +146,31 @@ def _read_jsonl(source: Jsonl, file: epath.Path) -> Iterator[Document]:
 
 
 def _read_array_record(source: ArrayRecord, file: epath.Path) -> Iterator[Document]:
+  for number, record in enumerate(_records(file)):
+    where = f"{file}, record {number}"
+    content = _decode(record, where)
+    if source.field is not None:
+      try:
+        row = json.loads(content)
+      except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+      content = _text_of(row, source.field, where)
+    yield Document(where=where, content=content)
+
+
+def _records(file: epath.Path) -> Iterator[bytes]:
   from array_record.python import (  # a compiled module without types
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
   )
 
   reader = array_record_module.ArrayRecordReader(str(file))
   try:
-    if not reader.ok():
-      raise InputError(f"{file}: not a whole ArrayRecord file")
-    for number in range(reader.num_records()):
-      where = f"{file}, record {number}"
-      content = _decode(reader.read([number])[0], where)
-      if source.field is not None:
-        try:
-          row = json.loads(content)
-        except json.JSONDecodeError as error:
-          raise InputError(f"{where}: not JSON ({error})") from error
-        content = _text_of(row, source.field, where)
-      yield Document(where=where, content=content)
-  finally:
-    reader.close()
+    count = reader.num_records()
+    for first in range(0, count, _RECORDS):
+      yield from reader.read(first, min(count, first + _RECORDS))
+    reader.close()  # where a file is broken from its start, this tells
+  except (RuntimeError, IndexError) as error:
+    raise InputError(f"{file}: not a whole ArrayRecord file ({error})") from error
 
 
 def _decode(data: bytes, where: str) -> str:

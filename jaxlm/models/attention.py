@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.models import spec
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import bias, matrix
 from jaxlm.models.positions import rope_frequencies
-from jaxlm.ops.attention import attend
+from jaxlm.ops.attention import Scoring, attend, attend_blocks
 from jaxlm.ops.masks import attention_mask
 from jaxlm.ops.rope import alibi_slopes, rotate
 from jaxlm.ops.weights import einsum
@@ -54,27 +53,13 @@ class Attention(nn.Module):
       q_BTHK = rotate(q_BTHK, positions_BT, frequencies, magnitude=magnitude)
       k_BTGK = rotate(k_BTGK, positions_BT, frequencies, magnitude=magnitude)
     if cache is None:
-      k_BSGK, v_BSGK, slots_BS = k_BTGK, v_BTGK, positions_BT
+      whole = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
+      out_BTHK = attend_blocks(
+        self._scoring(), q_BTHK, k_BTGK, v_BTGK, positions_BT, whole
+      )
     else:
       cache = _write(cache, k_BTGK, v_BTGK, positions_BT)
-      k_BSGK, v_BSGK = (a.astype(x_BTD.dtype) for a in cache)
-      slots_BS = jnp.broadcast_to(jnp.arange(k_BSGK.shape[1])[None], k_BSGK.shape[:2])
-    mask_BTS = attention_mask(
-      positions_BT,
-      slots_BS,
-      window=self.spec.window,
-      segments_BT=segments_BT,
-      key_segments_BS=segments_BT,
-    )
-    out_BTHK = attend(
-      q_BTHK,
-      k_BSGK,
-      v_BSGK,
-      mask_BTS,
-      scale=K**-0.5 if self.spec.scale is None else self.spec.scale,
-      softcap=self.spec.softcap,
-      bias_BHTS=self._bias(positions_BT, slots_BS),
-    )
+      out_BTHK = self._read(cache, q_BTHK, positions_BT)
     out_BTHK = self.layout.constrain(
       out_BTHK, "batch", "sequence", "heads", "head_dim"
     )
@@ -102,12 +87,20 @@ class Attention(nn.Module):
       y += bias(self, "o_bias", (dim,), dtype).astype(y.dtype)[None, None]
     return y
 
-  def _bias(self, positions_BT: Array, slots_BS: Array) -> Array | None:
-    if not isinstance(self.spec.positions, spec.ALiBi):
-      return None
-    distance = positions_BT[:, None, :, None] - slots_BS[:, None, None, :]
-    slopes = alibi_slopes(self.spec.heads).reshape(1, -1, 1, 1)
-    return -slopes.astype(np.float32) * distance.astype(jnp.float32)
+  def _scoring(self) -> Scoring:
+    slopes = None
+    if isinstance(self.spec.positions, spec.ALiBi):
+      slopes = tuple(alibi_slopes(self.spec.heads).tolist())
+    scale = self.spec.head_dim**-0.5 if self.spec.scale is None else self.spec.scale
+    return Scoring(scale, self.spec.softcap, slopes, self.spec.window)
+
+  def _read(self, cache: KVCache, q_BTHK: Array, positions_BT: Array) -> Array:
+    k_BSGK, v_BSGK = (a.astype(q_BTHK.dtype) for a in cache)
+    B, S = k_BSGK.shape[:2]
+    slots_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
+    mask_BTS = attention_mask(positions_BT, slots_BS, window=self.spec.window)
+    distance_BTS = positions_BT[:, :, None] - slots_BS[:, None]
+    return attend(self._scoring(), q_BTHK, k_BSGK, v_BSGK, mask_BTS, distance_BTS)
 
 
 def _write(cache: KVCache, k: Array, v: Array, positions_BT: Array) -> KVCache:

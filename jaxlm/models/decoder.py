@@ -125,6 +125,9 @@ class Embed(nn.Module):
     dim, dtypes = self.spec.dim, self.precision
     axes = ("vocab", "embed")
     rows = table(self, "table", (self.spec.vocab, dim), axes, dtypes.params)
+    # Gathered whole in the model dim: else a lookup would come out split over it, and
+    # be brought whole onto every device before its rows are split.
+    rows = self.layout.constrain(rows, "vocab", None)
     x_BTD = lookup(rows, tokens_BT, dtypes.compute) * self.spec.embed_scale
     match self.spec.positions:
       case spec.Learned(length=length):
@@ -135,6 +138,7 @@ class Embed(nn.Module):
           )
         axes = ("positions", "embed")
         learned = table(self, "positions", (length, dim), axes, dtypes.params)
+        learned = self.layout.constrain(learned, "positions", None)
         x_BTD += lookup(learned, positions_BT, dtypes.compute)
       case spec.Sinusoidal(base=base):
         x_BTD += sinusoids(positions_BT, dim, base).astype(x_BTD.dtype)

@@ -178,7 +178,7 @@ def _chunk_terms(shape, x_ND, head_DV, targets_N, weights_N, with_grads):
   log_partition_N = jnp.log(sum_N) + top_N
   nll_N = log_partition_N - target_N
   total = jnp.sum(weights_N * (nll_N + shape.z_loss * jnp.square(log_partition_N)))
-  correct = jnp.sum(weights_N * (target_N >= top_N))
+  correct = jnp.sum(jnp.where(target_N >= top_N, weights_N, 0.0))
   if not with_grads:
     return (total, nll_N, correct), None
   factor_N = weights_N * (1.0 + 2.0 * shape.z_loss * log_partition_N) / sum_N
