@@ -7,7 +7,7 @@ from jaxlm.decoding.sampling import Sampling
 from jaxlm.models.spec import GLU, GQA, LM, Block
 from jaxlm.runs.train import Samples, Train
 from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.optimizers import AdamW
+from jaxlm.training.optimizers import Muon
 from jaxlm.training.schedules import WarmupCosine
 
 
@@ -25,11 +25,11 @@ def get_config(
       sources=(Weighted(source=Jsonl(path="jaxlm://corpora/shakespeare.jsonl.gz")),),
       tokenizer=SentencePiece(vocab=vocab),
       seq_len=seq_len,
-      batch=16,
+      batch=8,
     ),
-    optimizer=AdamW(lr=WarmupCosine(peak=3e-3, warmup=50)),
-    steps=600,
-    checkpoints=Checkpoints(every=200),
+    optimizer=Muon(lr=WarmupCosine(peak=6e-3, warmup=20)),
+    steps=500,
+    checkpoints=Checkpoints(every=100),
     samples=Samples(
       prompts=("Hamlet\n\nACT I", "ROMEO\n", ""),
       tokens=160,

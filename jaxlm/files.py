@@ -5,7 +5,6 @@ ships inside this package.
 """
 
 import gzip
-import io
 import json
 import uuid
 from collections.abc import Iterator
@@ -53,10 +52,20 @@ def read_bytes(file: epath.Path) -> bytes:
     if file.suffix == ".gz":
       return gzip.decompress(data)
     if file.suffix == ".zst":
-      return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+      return b"".join(_frames(data))
   except (OSError, EOFError, zstandard.ZstdError) as error:
     raise InputError(f"{file}: not a whole {file.suffix} file ({error})") from error
   return data
+
+
+def _frames(data: bytes) -> Iterator[bytes]:
+  """Yields the contents of each Zstandard frame; one that is cut off is an error."""
+  while data:
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    yield frame.decompress(data)
+    if not frame.eof:
+      raise EOFError("the last frame is cut off")
+    data = frame.unused_data
 
 
 def read_text(file: epath.Path) -> str:

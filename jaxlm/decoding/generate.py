@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm.decoding import cache as caches
 from jaxlm.decoding.sampling import Sampling, sample
 from jaxlm.errors import InputError
+from jaxlm.models import spec
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.shapes import Array, Int, PyTree
 
@@ -30,11 +31,10 @@ def generate(
   does not depend on its neighbours.
 
   Raises:
-    InputError: a prompt is empty.
+    InputError: a prompt is empty, `tokens` is under 1, or the model has fewer learned
+      positions than the longest row needs.
   """
-  for i, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise InputError(f"prompt {i} is empty; give it at least the begin token.")
+  _check(decoder.spec, prompts, tokens)
   lengths_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
   prompts_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
   for row, prompt in zip(prompts_BT, prompts, strict=True):
@@ -42,11 +42,24 @@ def generate(
   keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
     jnp.arange(len(prompts))
   )
-  new_BT = _run(
-    decoder, sampling, tokens, end, params, prompts_BT, lengths_B, keys_B
-  )
+  new_BT = _run(decoder, sampling, tokens, end, params, prompts_BT, lengths_B, keys_B)
   rows = np.asarray(new_BT).tolist()
   return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def _check(model: spec.LM, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+  for i, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise InputError(f"prompt {i} is empty; give it at least the begin token.")
+  if tokens < 1:
+    raise InputError(f"tokens: {tokens} is under 1.")
+  longest = max(map(len, prompts))
+  positions = model.positions
+  if isinstance(positions, spec.Learned) and longest + tokens - 1 > positions.length:
+    raise InputError(
+      f"model.positions.length: {positions.length} positions are learned and the "
+      f"longest row needs {longest} + {tokens} - 1. Ask for fewer tokens."
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -38,7 +38,8 @@ def allow_top_k(logits_BV: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 def allow_top_p(logits_BV: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
   """Sets logits outside the nucleus to -inf (Holtzman et al. 2019).
 
-  A token stays if those more probable hold less than p; the likeliest always stays.
+  A token stays if those more probable hold less than p; the likeliest always stays,
+  and so do ties at the edge.
   """
   ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
   probability_BV = jax.nn.softmax(ordered_BV, axis=-1)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, head_weight
 from jaxlm.ops.losses import LossShape, cross_entropy
 from jaxlm.shapes import Array, PyTree
@@ -24,7 +25,8 @@ def make_evaluate(
   """Returns a function from parameters and batches to scores over all of the batches.
 
   `byte_lengths` [V] says how many bytes of text each id stands for. Scores: bits per
-  byte, nats per token, accuracy, and the bytes that they rest on.
+  byte, nats per token, accuracy, and the bytes that they rest on; without a byte it
+  raises InputError.
   """
   shape = LossShape(decoder.layout, chunk, 0.0, decoder.spec.softcap)
   bytes_V = jnp.asarray(byte_lengths, jnp.float32)
@@ -46,6 +48,8 @@ def make_evaluate(
 
   def evaluate(params: PyTree, batches: Iterable[dict[str, Array]]) -> Scores:
     parts = [jax.device_get(sums(params, batch)) for batch in batches]
+    if not any(part["bytes"] > 0 for part in parts):
+      raise InputError("data.held_out: the held-out set predicts no byte of text.")
     total = {name: math.fsum(float(p[name]) for p in parts) for name in parts[0]}
     return {
       "held_out/bits_per_byte": total["nats"] / math.log(2) / total["bytes"],

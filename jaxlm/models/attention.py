@@ -5,7 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxlm.models import spec
+from jaxlm.models import spec as specs
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import bias, matrix
 from jaxlm.models.positions import rope_frequencies
@@ -27,8 +27,8 @@ class KVCache(NamedTuple):
 class Attention(nn.Module):
   """GQA by its spec."""
 
-  spec: spec.GQA
-  precision: spec.Precision
+  spec: specs.GQA
+  precision: specs.Precision
   layout: Layout
   depth: int
 
@@ -41,14 +41,19 @@ class Attention(nn.Module):
     cache: KVCache | None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Returns the update to the residual stream and the cache with these keys."""
-    D, H, G, K = x_BTD.shape[-1], self.spec.heads, self.spec.kv_heads, self.spec.head_dim
+    D, H, G, K = (
+      x_BTD.shape[-1],
+      self.spec.heads,
+      self.spec.kv_heads,
+      self.spec.head_dim,
+    )
     q_BTHK = self._heads("q", x_BTD, (D, H, K), ("embed", "heads", "head_dim"))
     k_BTGK = self._heads("k", x_BTD, (D, G, K), ("embed", "kv_heads", "head_dim"))
     v_BTGK = self._heads("v", x_BTD, (D, G, K), ("embed", "kv_heads", "head_dim"))
     if self.spec.qk_norm is not None:
       q_BTHK = Norm(self.spec.qk_norm, self.precision, name="q_norm")(q_BTHK)
       k_BTGK = Norm(self.spec.qk_norm, self.precision, name="k_norm")(k_BTGK)
-    if isinstance(self.spec.positions, spec.RoPE):
+    if isinstance(self.spec.positions, specs.RoPE):
       frequencies, magnitude = rope_frequencies(self.spec.positions, K)
       q_BTHK = rotate(q_BTHK, positions_BT, frequencies, magnitude=magnitude)
       k_BTGK = rotate(k_BTGK, positions_BT, frequencies, magnitude=magnitude)
@@ -60,9 +65,7 @@ class Attention(nn.Module):
     else:
       cache = _write(cache, k_BTGK, v_BTGK, positions_BT)
       out_BTHK = self._read(cache, q_BTHK, positions_BT)
-    out_BTHK = self.layout.constrain(
-      out_BTHK, "batch", "sequence", "heads", "head_dim"
-    )
+    out_BTHK = self.layout.constrain(out_BTHK, "batch", "sequence", "heads", "head_dim")
     return self._output(out_BTHK, D), cache
 
   def _heads(
@@ -89,7 +92,7 @@ class Attention(nn.Module):
 
   def _scoring(self) -> Scoring:
     slopes = None
-    if isinstance(self.spec.positions, spec.ALiBi):
+    if isinstance(self.spec.positions, specs.ALiBi):
       slopes = tuple(alibi_slopes(self.spec.heads).tolist())
     scale = self.spec.head_dim**-0.5 if self.spec.scale is None else self.spec.scale
     return Scoring(scale, self.spec.softcap, slopes, self.spec.window)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.errors import InputError
-from jaxlm.models import spec
+from jaxlm.models import spec as specs
 from jaxlm.models.attention import Attention
 from jaxlm.models.mlp import FeedForward
 from jaxlm.models.norms import Norm
@@ -25,9 +25,9 @@ from jaxlm.shapes import Array, Float, Int, PyTree
 from jaxlm.sharding.rules import Layout
 
 MODULES: dict[type, type[nn.Module]] = {
-  spec.GQA: Attention,
-  spec.GLU: FeedForward,
-  spec.MLP: FeedForward,
+  specs.GQA: Attention,
+  specs.GLU: FeedForward,
+  specs.MLP: FeedForward,
 }
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -40,8 +40,8 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 class Block(nn.Module):
   """A mixer and an MLP with their norms and residual connections."""
 
-  spec: spec.Block
-  precision: spec.Precision
+  spec: specs.Block
+  precision: specs.Precision
   layout: Layout
   depth: int
 
@@ -83,10 +83,10 @@ class Block(nn.Module):
 class Pattern(nn.Module):
   """One pass over the pattern: the body of the scan."""
 
-  spec: spec.LM
-  precision: spec.Precision
+  spec: specs.LM
+  precision: specs.Precision
   layout: Layout
-  remat: spec.Remat
+  remat: specs.Remat
 
   @nn.compact
   def __call__(
@@ -95,7 +95,7 @@ class Pattern(nn.Module):
     """Returns the residual stream and the caches of the pattern's blocks."""
     new = []
     for i, (block, cache) in enumerate(zip(self.spec.pattern, caches, strict=True)):
-      run = remat(Block, self.remat)(
+      run = remat(Block, self.remat, prevent_cse=False)(
         block, self.precision, self.layout, len(self.spec.blocks), name=str(i)
       )
       x_BTD, cache = run(x_BTD, cache, positions_BT, segments_BT)
@@ -103,18 +103,24 @@ class Pattern(nn.Module):
     return x_BTD, tuple(new)
 
 
-def remat(module: type[nn.Module], policy: spec.Remat) -> type[nn.Module]:
-  """Returns the module with its activations recomputed by the named policy."""
+def remat(
+  module: type[nn.Module], policy: specs.Remat, *, prevent_cse: bool
+) -> type[nn.Module]:
+  """Returns the module with its activations recomputed by the named policy.
+
+  Outside a scan `prevent_cse` must hold: else the compiler finds the same computation
+  twice, keeps its first result, and saves no memory.
+  """
   if policy == "none":
     return module
-  return nn.remat(module, policy=POLICIES[policy], prevent_cse=False)
+  return nn.remat(module, policy=POLICIES[policy], prevent_cse=prevent_cse)
 
 
 class Embed(nn.Module):
   """Token embedding, scaled, with absolute positions where the spec has them."""
 
-  spec: spec.LM
-  precision: spec.Precision
+  spec: specs.LM
+  precision: specs.Precision
   layout: Layout
 
   @nn.compact
@@ -130,7 +136,7 @@ class Embed(nn.Module):
     rows = self.layout.constrain(rows, "vocab", None)
     x_BTD = lookup(rows, tokens_BT, dtypes.compute) * self.spec.embed_scale
     match self.spec.positions:
-      case spec.Learned(length=length):
+      case specs.Learned(length=length):
         if tokens_BT.shape[1] > length:
           raise InputError(
             f"model.positions.length: {length} positions are learned and the input has "
@@ -140,7 +146,7 @@ class Embed(nn.Module):
         learned = table(self, "positions", (length, dim), axes, dtypes.params)
         learned = self.layout.constrain(learned, "positions", None)
         x_BTD += lookup(learned, positions_BT, dtypes.compute)
-      case spec.Sinusoidal(base=base):
+      case specs.Sinusoidal(base=base):
         x_BTD += sinusoids(positions_BT, dim, base).astype(x_BTD.dtype)
     return self.layout.constrain(x_BTD, "batch", "sequence", "residual")
 
@@ -148,10 +154,10 @@ class Embed(nn.Module):
 class Decoder(nn.Module):
   """Tokens to the residual stream after the final norm."""
 
-  spec: spec.LM
-  precision: spec.Precision
+  spec: specs.LM
+  precision: specs.Precision
   layout: Layout
-  remat: spec.Remat = "none"
+  remat: specs.Remat = "none"
 
   @nn.compact
   def __call__(
@@ -177,7 +183,7 @@ class Decoder(nn.Module):
     caches = cache or none | {"layers": (None,) * len(self.spec.pattern)}
     prefix = []
     for i, block in enumerate(self.spec.prefix):
-      run = remat(Block, self.remat)(
+      run = remat(Block, self.remat, prevent_cse=True)(
         block,
         self.precision,
         self.layout,
@@ -196,31 +202,32 @@ class Decoder(nn.Module):
   def _scan(
     self, x_BTD: Array, caches: Any, positions_BT: Array, segments_BT: Array | None
   ) -> tuple[Array, Any]:
+    in_axes: Any = (0, nn.broadcast, nn.broadcast)
     scanned = nn.scan(
       Pattern,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=in_axes,
       length=self.spec.repeats,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    layers = scanned(
-      self.spec, self.precision, self.layout, self.remat, name="layers"
-    )
+    layers = scanned(self.spec, self.precision, self.layout, self.remat, name="layers")
     return layers(x_BTD, caches, positions_BT, segments_BT)
 
 
-def head_weight(model: spec.LM, params: PyTree) -> Float[Array, "D V"]:
+def head_weight(model: specs.LM, params: PyTree) -> Float[Array, "D V"]:
   """Returns the matrix from the residual stream to logits."""
   return params["embed"]["table"].T if model.head == "tied" else params["head"]
 
 
 def logits(
-  model: spec.LM, params: PyTree, x_BTD: Float[Array, "B T D"]
+  model: specs.LM, params: PyTree, x_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
   """Returns float32 logits; the loss never calls this, it works in chunks."""
-  y_BTV = einsum("BTD,DV->BTV", x_BTD, head_weight(model, params))
-  return soft_cap(y_BTV.astype(jnp.float32), model.softcap)
+  tied = model.head == "tied"
+  weight = params["embed"]["table"] if tied else params["head"]
+  equation = "BTD,VD->BTV" if tied else "BTD,DV->BTV"
+  return soft_cap(einsum(equation, x_BTD, weight, result=jnp.float32), model.softcap)
 
 
 def init(decoder: Decoder, key: Array) -> PyTree:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import spec
+from jaxlm.models import spec as specs
 from jaxlm.models.parameters import bias, matrix
 from jaxlm.ops.weights import einsum
 from jaxlm.shapes import Array, Float
@@ -21,11 +21,19 @@ ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _activate(activation: str, up_BTF: Array, gate_BTF: Array | None = None) -> Array:
+  """Returns activation(up) or activation(gate) * up; only the inputs are kept."""
+  if gate_BTF is None:
+    return ACTIVATIONS[activation](up_BTF)
+  return ACTIVATIONS[activation](gate_BTF) * up_BTF
+
+
 class FeedForward(nn.Module):
   """down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x))."""
 
-  spec: spec.GLU | spec.MLP
-  precision: spec.Precision
+  spec: specs.GLU | specs.MLP
+  precision: specs.Precision
   layout: Layout
   depth: int
 
@@ -33,12 +41,11 @@ class FeedForward(nn.Module):
   def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Returns the update to the residual stream."""
     D, F = x_BTD.shape[-1], self.spec.hidden
-    activation = ACTIVATIONS[self.spec.activation]
-    h_BTF = self._project("up", x_BTD, (D, F), ("embed", "mlp"))
-    if isinstance(self.spec, spec.GLU):
-      h_BTF *= activation(self._project("gate", x_BTD, (D, F), ("embed", "mlp")))
-    else:
-      h_BTF = activation(h_BTF)
+    wide = ["up", "gate"] if isinstance(self.spec, specs.GLU) else ["up"]
+    h_BTF = _activate(
+      self.spec.activation,
+      *(self._project(name, x_BTD, (D, F), ("embed", "mlp")) for name in wide),
+    )
     h_BTF = self.layout.constrain(h_BTF, "batch", "sequence", "mlp")
     return self._project("down", h_BTF, (F, D), ("mlp", "embed"))
 
@@ -50,5 +57,7 @@ class FeedForward(nn.Module):
     weight = matrix(self, name, shape, axes, dtype=dtype, scale=scale)
     y = einsum("BTI,IO->BTO", x, weight)
     if self.spec.bias == "all":
-      y += bias(self, f"{name}_bias", shape[1:], dtype).astype(y.dtype).reshape(1, 1, -1)
+      y += (
+        bias(self, f"{name}_bias", shape[1:], dtype).astype(y.dtype).reshape(1, 1, -1)
+      )
     return y

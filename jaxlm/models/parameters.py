@@ -1,6 +1,7 @@
 """How a module declares a parameter: shape, logical axes, first values."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 
@@ -22,20 +23,26 @@ def matrix(
   Starts as a normal of deviation scale / sqrt(fan-in), cut at two deviations.
   """
   deviation = scale / math.sqrt(math.prod(shape[:inputs]))
-  init = nn.initializers.truncated_normal(deviation)
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+  init: Any = nn.with_logical_partitioning(
+    nn.initializers.truncated_normal(deviation), axes
+  )
+  return module.param(name, init, shape, dtype)
 
 
 def table(
-  module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str, ...],
+  dtype: str,
 ) -> Array:
   """Declares an embedding: a normal of deviation 0.02 (Radford et al. 2019)."""
-  init = nn.initializers.normal(0.02)
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+  init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+  return module.param(name, init, shape, dtype)
 
 
 def bias(module: nn.Module, name: str, shape: tuple[int, ...], dtype: str) -> Array:
   """Declares a bias of zeros, kept whole on each device."""
   axes = (None,) * (len(shape) - 1) + ("norm",)
-  init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+  init: Any = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
   return module.param(name, init, shape, dtype)

@@ -4,5 +4,6 @@ weights.py    the one einsum and the one lookup that read parameters
 attention.py  scores, softmax, values: grouped heads, softcap, bias, mask
 masks.py      who may attend to whom: causal, segments, windows
 rope.py       rotary positions and their scalings, sinusoids, ALiBi slopes
+fusion.py     where XLA's CPU compiler must not fuse
 losses.py     next-token cross-entropy in chunks that never holds all logits
 """

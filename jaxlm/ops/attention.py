@@ -7,12 +7,13 @@ grows with T and not with T squared (Rabe & Staats 2021; Dao et al. 2022).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.ops.fusion import unfused
 from jaxlm.ops.masks import attention_mask
 from jaxlm.shapes import Array, Bool, Float, Int
 
@@ -78,7 +79,7 @@ def attend_blocks(
   G = k_BTGK.shape[2]
   q_BGRTK = jnp.transpose(q_BTHK.reshape(B, T, G, H // G, K), (0, 2, 3, 1, 4))
   k_BGTK, v_BGTK = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
-  out_BGRTK = _attend(scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT)
+  out_BGRTK: Any = _attend(scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT)
   return jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(B, T, H, K)
 
 
@@ -128,12 +129,13 @@ def _block(scoring: Scoring, span, q_BGRTK, k_BGTK, positions_BT, segments_BT):
   scores, slope = _scores(
     scoring, q_BGRTK[:, :, :, queries], k_BGTK[:, :, keys], mask_BTS, distance_BTS
   )
-  # Unfused, the row maximum below runs several times faster on a CPU.
-  return jax.lax.optimization_barrier(scores), slope
+  return unfused(scores), slope
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scoring: Scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT):
+def _attend(
+  scoring: Scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT
+) -> Any:
   inputs = (q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT)
   return _attend_forward(scoring, *inputs)[0]
 
@@ -145,7 +147,7 @@ def _attend_forward(
   for span in _spans(q_BGRTK.shape[3], scoring.window):
     scores, _ = _block(scoring, span, q_BGRTK, k_BGTK, positions_BT, segments_BT)
     top = jnp.max(scores, axis=-1, keepdims=True)
-    exps = jax.lax.optimization_barrier(jnp.exp(scores - top))
+    exps = unfused(jnp.exp(scores - top))
     total = jnp.sum(exps, axis=-1, keepdims=True)
     out = jnp.einsum(
       "BGRTS,BGSK->BGRTK",
@@ -174,17 +176,15 @@ def _attend_backward(scoring: Scoring, kept, dout_BGRTK):
     dout = dout_BGRTK[:, :, :, first:end]
     scores, slope = _block(scoring, span, q_BGRTK, k_BGTK, positions_BT, segments_BT)
     weights = jnp.exp(scores - partition[:, :, :, first:end])
-    weights = jax.lax.optimization_barrier(weights)
+    weights = unfused(weights)
     dv = jnp.einsum("BGRTS,BGRTK->BGSK", weights.astype(dtype), dout, **exact)
     dweights = jnp.einsum("BGRTK,BGSK->BGRTS", dout, v_BGTK[:, :, reach:end], **exact)
     dscores = weights * (dweights - mean[:, :, :, first:end]) * scoring.scale
     if slope is not None:
       dscores *= slope
-    dscores = jax.lax.optimization_barrier(dscores.astype(dtype))
+    dscores = unfused(dscores.astype(dtype))
     dqs.append(jnp.einsum("BGRTS,BGSK->BGRTK", dscores, k_BGTK[:, :, reach:end]))
-    dk = jnp.einsum(
-      "BGRTS,BGRTK->BGSK", dscores, q_BGRTK[:, :, :, first:end], **exact
-    )
+    dk = jnp.einsum("BGRTS,BGRTK->BGSK", dscores, q_BGRTK[:, :, :, first:end], **exact)
     dk_BGTK = dk_BGTK.at[:, :, reach:end].add(dk)
     dv_BGTK = dv_BGTK.at[:, :, reach:end].add(dv)
   dq_BGRTK = jnp.concatenate(dqs, axis=3)

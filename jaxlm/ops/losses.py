@@ -7,7 +7,7 @@ reduced once after it.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,113 +53,106 @@ def cross_entropy(
   Logits, softmax and sums are float32; products are in the dtype of `x_BTD`. Only
   `total` carries a gradient, to `x_BTD` and `head_DV`.
   """
-  total, nll_BT, correct = _loss(shape, x_BTD, head_DV, targets_BT, weights_BT)
-  return LossTerms(total, *jax.lax.stop_gradient((nll_BT, correct)))
+  terms: LossTerms = _loss(shape, x_BTD, head_DV, targets_BT, weights_BT)
+  return LossTerms(terms.total, *jax.lax.stop_gradient(terms[1:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(shape: LossShape, x_BTD, head_DV, targets_BT, weights_BT):
-  terms, _ = _walk(shape, x_BTD, head_DV, targets_BT, weights_BT, False)
-  return terms
+def _loss(shape: LossShape, x_BTD, head_DV, targets_BT, weights_BT) -> Any:
+  return _walk(shape, x_BTD, head_DV, targets_BT, weights_BT, grads=False).terms
 
 
 def _forward(shape: LossShape, x_BTD, head_DV, targets_BT, weights_BT):
-  terms, grads = _walk(shape, x_BTD, head_DV, targets_BT, weights_BT, True)
-  return terms, grads
+  walked = _walk(shape, x_BTD, head_DV, targets_BT, weights_BT, grads=True)
+  return walked.terms, (walked.dx, walked.dhead)
 
 
-def _backward(shape: LossShape, grads, cotangents):
-  scale = cotangents[0]
-  dx_BTD, dhead_DV = grads
-  return (dx_BTD * scale.astype(dx_BTD.dtype), dhead_DV * scale.astype(dhead_DV.dtype),
-          None, None)
+def _backward(_: LossShape, kept, cotangents: LossTerms):
+  dx, dhead = (d * cotangents.total.astype(d.dtype) for d in kept)
+  return dx, dhead, None, None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _walk(shape: LossShape, x_BTD, head_DV, targets_BT, weights_BT, with_grads: bool):
-  """Runs the walk on each device's rows; sums over devices."""
-  layout = shape.layout
-  rules = layout.rules
-  rows = rules.spec(("batch", "sequence"))
-  split_vocab = rules.vocab
-  specs = (
-    rules.spec(("batch", "sequence", None)),
-    PartitionSpec(None, split_vocab),
-    rows,
-    rows,
-  )
+class Walked(NamedTuple):
+  """What a walk over the chunks gives; the gradients only where they were asked for."""
+
+  terms: LossTerms
+  dx: Array | None
+  dhead: Array | None
+
+
+def _walk(
+  shape: LossShape, x_BTD, head_DV, targets_BT, weights_BT, *, grads: bool
+) -> Walked:
+  """Runs the walk on each device's rows and sums over devices."""
+  rules = shape.layout.rules
   over = rules.batch + rules.sequence
+  rows = rules.spec(("batch", "sequence"))
+  residual = rules.spec(("batch", "sequence", None))
+  head = PartitionSpec(None, rules.vocab)
 
-  def local(x_BTD, head_DV, targets_BT, weights_BT):
-    head_DV = head_DV.astype(x_BTD.dtype)
-    first = 0
-    if split_vocab:
-      first = jax.lax.axis_index(split_vocab) * head_DV.shape[1]
-    terms, grads = _walk_local(
-      shape, x_BTD, head_DV, targets_BT - first, weights_BT, with_grads
-    )
-    total, nll_BT, correct = terms
-    terms = (jax.lax.psum(total, over), nll_BT, jax.lax.psum(correct, over))
-    if not with_grads:
-      return terms, None
-    dx_BTD, dhead_DV = grads
-    dx_BTD = jax.lax.psum(dx_BTD, split_vocab) if split_vocab else dx_BTD
-    return terms, (dx_BTD.astype(x_BTD.dtype), jax.lax.psum(dhead_DV, over))
+  def local(x_BTD, head_DV, targets_BT, weights_BT) -> Walked:
+    compute_DV = head_DV.astype(x_BTD.dtype)
+    if rules.vocab:
+      targets_BT -= jax.lax.axis_index(rules.vocab) * head_DV.shape[1]
+    walked = _walk_rows(shape, x_BTD, compute_DV, targets_BT, weights_BT, grads)
+    total, nll_BT, correct = walked.terms
+    terms = LossTerms(jax.lax.psum(total, over), nll_BT, jax.lax.psum(correct, over))
+    if walked.dx is None or walked.dhead is None:
+      return Walked(terms, None, None)
+    dx = jax.lax.psum(walked.dx, rules.vocab) if rules.vocab else walked.dx
+    dhead = jax.lax.psum(walked.dhead, over).astype(head_DV.dtype)
+    return Walked(terms, dx.astype(x_BTD.dtype), dhead)
 
-  out = ((PartitionSpec(), rows, PartitionSpec()), None)
-  if with_grads:
-    out = (out[0], (specs[0], specs[1]))
+  terms = LossTerms(PartitionSpec(), rows, PartitionSpec())  # type: ignore[arg-type]
+  out = Walked(terms, residual if grads else None, head if grads else None)  # type: ignore[arg-type]
   mapped = jax.shard_map(
-    local, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False
+    local,
+    mesh=shape.layout.mesh,
+    in_specs=(residual, head, rows, rows),
+    out_specs=out,
+    check_vma=False,
   )
-  terms, grads = mapped(x_BTD, head_DV, targets_BT, weights_BT)
-  if with_grads:
-    dx_BTD, dhead_DV = grads
-    grads = (dx_BTD, dhead_DV.astype(head_DV.dtype))
-  return terms, grads
+  return mapped(x_BTD, head_DV, targets_BT, weights_BT)
 
 
-def _walk_local(shape, x_BTD, head_DV, targets_BT, weights_BT, with_grads):
-  B, T, D = x_BTD.shape
+def _walk_rows(
+  shape: LossShape, x_BTD, head_DV, targets_BT, weights_BT, grads: bool
+) -> Walked:
+  """Scans over chunks of this device's rows."""
+  B, T, _ = x_BTD.shape
   C = min(shape.chunk, T)
   pad = -T % C
   chunks = (T + pad) // C
 
-  def split(a):
+  def split(a: Array) -> Array:
     a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
     a = a.reshape(B, chunks, C, *a.shape[2:])
     return jnp.moveaxis(a, 1, 0).reshape(chunks, B * C, *a.shape[3:])
 
-  def join(a):
+  def join(a: Array) -> Array:
     a = jnp.moveaxis(a.reshape(chunks, B, C, *a.shape[2:]), 0, 1)
     return a.reshape(B, chunks * C, *a.shape[3:])[:, :T]
 
-  def step(carry, chunk):
-    total, correct, dhead_DV = carry
-    x_ND, targets_N, weights_N = chunk
-    terms, grads = _chunk_terms(
-      shape, x_ND, head_DV, targets_N, weights_N, with_grads
-    )
-    if with_grads:
-      dhead_DV = dhead_DV + grads[1]
-    carry = (total + terms[0], correct + terms[2], dhead_DV)
-    return carry, (terms[1], grads[0] if with_grads else None)
+  def step(sums, chunk):
+    terms, dx_ND, dhead_DV = _chunk(shape, chunk, head_DV, grads)
+    added = (terms.total, terms.correct, dhead_DV)
+    return jax.tree.map(jnp.add, sums, added), (terms.nll_BT, dx_ND)
 
   zero = jnp.zeros((), jnp.float32)
-  dhead_DV = jnp.zeros(head_DV.shape, jnp.float32) if with_grads else None
-  carry, outs = jax.lax.scan(
+  dhead_DV = jnp.zeros(head_DV.shape, jnp.float32) if grads else None
+  (total, correct, dhead_DV), (nll, dx) = jax.lax.scan(
     step, (zero, zero, dhead_DV), (split(x_BTD), split(targets_BT), split(weights_BT))
   )
-  total, correct, dhead_DV = carry
-  nll_BT = join(outs[0])
-  grads = (join(outs[1]), dhead_DV) if with_grads else None
-  return (total, nll_BT, correct), grads
+  dx_BTD = None if dx is None else join(dx)
+  return Walked(LossTerms(total, join(nll), correct), dx_BTD, dhead_DV)
 
 
-def _chunk_terms(shape, x_ND, head_DV, targets_N, weights_N, with_grads):
+def _chunk(shape: LossShape, chunk, head_DV: Array, grads: bool) -> Walked:
   """Loss terms and gradients of one chunk against this device's vocabulary."""
+  x_ND, targets_N, weights_N = chunk
   over = shape.layout.rules.vocab
   V = head_DV.shape[1]
   raw_NV = jnp.dot(x_ND, head_DV, preferred_element_type=jnp.float32)
@@ -179,8 +172,9 @@ def _chunk_terms(shape, x_ND, head_DV, targets_N, weights_N, with_grads):
   nll_N = log_partition_N - target_N
   total = jnp.sum(weights_N * (nll_N + shape.z_loss * jnp.square(log_partition_N)))
   correct = jnp.sum(jnp.where(target_N >= top_N, weights_N, 0.0))
-  if not with_grads:
-    return (total, nll_N, correct), None
+  terms = LossTerms(total, nll_N, correct)
+  if not grads:
+    return Walked(terms, None, None)
   factor_N = weights_N * (1.0 + 2.0 * shape.z_loss * log_partition_N) / sum_N
   hit_NV = (jnp.arange(V)[None, :] == targets_N[:, None]) & here_N[:, None]
   d_NV = exp_NV * factor_N[:, None] - jnp.where(hit_NV, weights_N[:, None], 0.0)
@@ -189,4 +183,4 @@ def _chunk_terms(shape, x_ND, head_DV, targets_N, weights_N, with_grads):
   d_NV = d_NV.astype(x_ND.dtype)
   dx_ND = jnp.dot(d_NV, head_DV.T, preferred_element_type=jnp.float32)
   dhead_DV = jnp.dot(x_ND.T, d_NV, preferred_element_type=jnp.float32)
-  return (total, nll_N, correct), (dx_ND, dhead_DV)
+  return Walked(terms, dx_ND, dhead_DV)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,7 +69,7 @@ def resolve(mesh: Mesh, devices: int) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(mesh: Mesh, devices: Sequence[jax.Device] | None = None):
+def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """Returns a `jax.sharding.Mesh` over the devices (all of them unless given).
 
   Raises:

@@ -17,6 +17,7 @@ def rows_here(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
   """Returns the rows of a global [B, T] array that this process's devices hold."""
   rows: set[int] = set()
   for index in sharding.addressable_devices_indices_map(shape).values():
+    assert index is not None
     rows.update(range(*index[0].indices(shape[0])))
   return sorted(rows)
 
@@ -30,7 +31,8 @@ def placer(
 
   def place(batch: HostBatch) -> dict[str, Array]:
     def one(values: np.ndarray) -> Array:
-      def block(index: tuple[slice, ...]) -> np.ndarray:
+      def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         wanted = range(*index[0].indices(shape[0]))
         return values[[local[row] for row in wanted]][:, index[1]]
 

@@ -94,9 +94,10 @@ class Layout:
 
   def constrain(self, x: Array, *axes: str | None) -> Array:
     """Tells the compiler how an activation is split; its values do not change."""
+    sharding = self.sharding(*axes)
     if self.mesh.size == 1:
       return x
-    return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+    return jax.lax.with_sharding_constraint(x, sharding)
 
   def size(self, logical: str) -> int:
     """Returns over how many devices a logical axis is split."""

@@ -68,7 +68,8 @@ def llama(size: Size, *, vocab: int | None = None) -> LM:
   if size not in SHAPES:
     sizes = get_args(Size)
     raise InputError(
-      f"size: no llama {size!r}; the sizes are {', '.join(sizes)}.{nearest(size, sizes)}"
+      f"size: no llama {size!r}; the sizes are {', '.join(sizes)}."
+      f"{nearest(size, sizes)}"
     )
   shape = SHAPES[size]
   scaling = None if shape.extended is None else Llama3Scaling(factor=shape.extended)

@@ -1,0 +1,45 @@
+import subprocess
+import sys
+
+import pytest
+
+from jaxlm.errors import InputError
+from jaxlm.models.spec import GLU, GQA, LM, Block, RoPE
+
+BLOCK = Block(mixer=GQA(heads=4, kv_heads=2, head_dim=8), mlp=GLU(hidden=8))
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: GQA(heads=4, kv_heads=3, head_dim=8), "kv_heads: 3 does not divide"),
+    (lambda: GQA(heads=4, kv_heads=0, head_dim=8), "kv_heads: 0"),
+    (lambda: GQA(heads=4, kv_heads=4, head_dim=0), "head_dim: 0"),
+    (lambda: GQA(heads=4, kv_heads=4, head_dim=8, window=0), "window: 0"),
+    (lambda: RoPE(fraction=1.5), "fraction: 1.5"),
+    (lambda: LM(vocab=0, dim=8, pattern=(BLOCK,), repeats=1), "model.vocab: 0"),
+    (lambda: LM(vocab=8, dim=8, pattern=(), repeats=1), "model.pattern"),
+    (lambda: LM(vocab=8, dim=8, pattern=(BLOCK,), repeats=0), "model.repeats: 0"),
+  ],
+)
+def test_what_no_model_can_be(make, message):
+  with pytest.raises(InputError, match=message):
+    make()
+
+
+def test_blocks_stand_in_order():
+  other = Block(mixer=BLOCK.mixer, mlp=None)
+  spec = LM(vocab=8, dim=8, prefix=(other,), pattern=(BLOCK, other), repeats=2)
+  assert spec.blocks == (other, BLOCK, other, BLOCK, other)
+
+
+def test_specs_and_counts_need_no_jax():
+  code = (
+    "import sys; from jaxlm.models import count; "
+    "from jaxlm.models.families.llama import llama; "
+    "print(count.parameters(llama('3-8b')).total, 'jax' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == "8030261248 False\n"
