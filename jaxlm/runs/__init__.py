@@ -1,0 +1,6 @@
+"""Where the rooms meet: one file a kind of run, each a frozen dataclass with `run`.
+
+train.py    trains a model by an objective, from the first step or a checkpoint
+workdir.py  which run a folder belongs to
+summary.py  what a run says at its start
+"""

@@ -1,0 +1,69 @@
+"""What a run says at its start: what was chosen, how large it is, what it needs."""
+
+import math
+
+import jax
+
+from jaxlm.models import count, spec
+from jaxlm.shapes import PyTree
+from jaxlm.sharding.rules import Layout
+from jaxlm.training.state import Plan
+from jaxlm.trees import named_leaves
+
+
+def describe_model(model: spec.LM, seq_len: int, batch: int) -> str:
+  """Returns the lines about parameters and operations."""
+  counts = count.parameters(model)
+  groups = ", ".join(
+    f"{name} {_amount(value)}" for name, value in counts._asdict().items() if value
+  )
+  flops = count.training_flops(model, seq_len)
+  tokens = batch * seq_len
+  return (
+    f"model: {counts.total:,} parameters ({groups}); {len(model.blocks)} blocks\n"
+    f"  training FLOPs a token: {_amount(flops.causal)} causal half, "
+    f"{_amount(flops.full)} full square; a batch of {tokens:,} tokens: "
+    f"{_amount(flops.causal * tokens)}"
+  )
+
+
+def describe_layout(layout: Layout, plan: Plan) -> str:
+  """Returns the lines about devices, and each device's share of the state."""
+  device = layout.mesh.devices.flat[0]
+  sizes = ", ".join(f"{a} {n}" for a, n in layout.mesh.shape.items() if n > 1)
+  params = bytes_on_a_device(plan.shapes.params, plan.shardings.params)
+  state = bytes_on_a_device(plan.shapes, plan.shardings)
+  return (
+    f"mesh: {layout.mesh.size} x {device.device_kind} ({sizes or 'one device'}); "
+    f"{jax.process_count()} process(es)\n"
+    f"  on a device: parameters {params / 1e6:,.1f} MB, whole state "
+    f"{state / 1e6:,.1f} MB"
+  )
+
+
+def bytes_on_a_device(shapes: PyTree, shardings: PyTree) -> int:
+  """Returns how many bytes of a tree one device holds."""
+  placed = named_leaves(shardings)
+  return sum(
+    math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for name, leaf in named_leaves(shapes).items()
+  )
+
+
+def describe_step(compiled, seconds: float) -> str:
+  """Returns the line about the compiled step, with the compiler's own figures."""
+  memory = compiled.memory_analysis()
+  needs = ""
+  if memory is not None:
+    needs = (
+      f"; it needs {memory.argument_size_in_bytes / 1e6:,.1f} MB of arguments and "
+      f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries a device"
+    )
+  return f"step: compiled in {seconds:.1f} s{needs}"
+
+
+def _amount(value: float) -> str:
+  for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if value >= size:
+      return f"{value / size:.3g}{letter}"
+  return f"{value:.0f}"

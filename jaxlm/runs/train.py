@@ -1,0 +1,295 @@
+"""A training run: from a config to a model, in the order things happen."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jaxlm import config, files
+from jaxlm.data.corpus import Corpus, Data, prepare
+from jaxlm.data.loader import Loader, held_out_batches
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.decoding.generate import generate
+from jaxlm.decoding.sampling import Sampling
+from jaxlm.errors import InputError
+from jaxlm.evaluation.bits_per_byte import make_evaluate
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.spec import LM, Precision, Remat
+from jaxlm.runs import summary
+from jaxlm.runs.workdir import CHECKPOINTS, claim, explained
+from jaxlm.shapes import PyTree
+from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.placement import check_batch, placer, rows_here
+from jaxlm.sharding.rules import Layout, ShardingRules
+from jaxlm.training import loop, metrics, optimizers
+from jaxlm.training.checkpoints import Checkpoints, Restored, Store
+from jaxlm.training.objective import Batch, NextToken, next_token
+from jaxlm.training.state import Plan, TrainState, axes_of, create
+from jaxlm.training.step import compile_step, make_step
+
+FREE = (
+  "steps", "mesh", "sharding", "remat", "checkpoints", "evaluate_every", "log_every",
+  "samples", "data.cache", "data.threads", "data.prefetch", "objective.chunk",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+  """Text written at the end of a run."""
+
+  prompts: tuple[str, ...] = ("",)
+  """What the samples begin with; an empty one begins a document."""
+  tokens: int = 128
+  """New tokens of each."""
+  sampling: Sampling = dataclasses.field(default_factory=Sampling)
+  """How tokens are chosen."""
+
+  def __post_init__(self):
+    if self.tokens < 1:
+      raise InputError(f"samples.tokens: {self.tokens} is under 1.")
+
+
+class Result(NamedTuple):
+  """What a run leaves, for a notebook; the same stands in the workdir."""
+
+  workdir: epath.Path
+  step: int
+  stopped: str | None
+  """The signal that ended the run early, if one did."""
+  params: PyTree
+  """Averaged ones where the run keeps an average."""
+  decoder: Decoder
+  tokenizer: Tokenizer
+  rows: list[dict[str, Any]]
+  """metrics.jsonl."""
+
+
+class Placement(NamedTuple):
+  """Which rows of a batch this process makes, and what puts them on the mesh."""
+
+  rows: list[int]
+  put: Callable[[dict[str, np.ndarray]], Batch]
+
+  @classmethod
+  def of(cls, layout: Layout, data: Data) -> "Placement":
+    """Returns the placement of batches by the layout's rules."""
+    sharding = layout.sharding("batch", "sequence")
+    shape = (data.batch, data.seq_len)
+    return cls(rows_here(sharding, shape), placer(sharding, shape))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+  """Trains a language model on text."""
+
+  model: LM
+  """The architecture."""
+  data: Data
+  """The text, and how it becomes batches."""
+  optimizer: optimizers.Optimizer
+  """How gradients change parameters, learning rate included."""
+  steps: int
+  """Batches to train on."""
+  objective: NextToken = dataclasses.field(default_factory=NextToken)
+  """What is minimised."""
+  precision: Precision = dataclasses.field(default_factory=Precision)
+  """Dtypes of parameters and of the computation."""
+  remat: Remat = "none"
+  """Which activations the backward pass recomputes instead of keeping them."""
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  """How the devices are arranged."""
+  sharding: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+  """Which logical axis is split over which mesh axes."""
+  accumulate: int = 1
+  """Micro-batches of a step; the loss does not depend on it."""
+  ema: float | None = None
+  """Decay of an average of the parameters, which is then evaluated and sampled."""
+  seed: int = 0
+  """Of the first parameters and of the objective's draws."""
+  evaluate_every: int = 100
+  """Steps between evaluations on the held-out text; the last step has one."""
+  log_every: int = 10
+  """Steps between rows of metrics.jsonl."""
+  checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+  """When checkpoints are written and which are kept."""
+  samples: Samples = dataclasses.field(default_factory=Samples)
+  """Text written at the end."""
+
+  def __post_init__(self):
+    for field in ("steps", "accumulate", "evaluate_every", "log_every"):
+      if vars(self)[field] < 1:
+        raise InputError(f"{field}: {vars(self)[field]} is under 1.")
+    if self.ema is not None and not 0 < self.ema < 1:
+      raise InputError(f"ema: {self.ema} is not between 0 and 1; none turns it off.")
+
+  def run(self, workdir: files.Pathlike) -> Result:
+    """Trains in a folder, from its newest whole checkpoint where it has one.
+
+    Raises:
+      InputError: whatever the user can mend; the message says how.
+    """
+    workdir = files.path(workdir)
+    with explained(workdir):
+      return self._run(workdir)
+
+  def _run(self, workdir: epath.Path) -> Result:
+    layout = Layout(make_mesh(self.mesh), self.sharding)
+    check_batch(layout, self.data.batch, self.data.seq_len, self.accumulate)
+    changes = claim(workdir, self, FREE)
+    for change in changes:
+      print(f"changed since this workdir was last run: {change}")
+
+    corpus = prepare(self.data, workdir / "data")
+    print(corpus.report)
+    if self.model.vocab < corpus.tokenizer.vocab:
+      raise InputError(
+        f"model.vocab: {self.model.vocab} ids are fewer than the tokenizer's "
+        f"{corpus.tokenizer.vocab}. Use at least that."
+      )
+    print(summary.describe_model(self.model, self.data.seq_len, self.data.batch))
+
+    decoder = Decoder(self.model, self.precision, layout, self.remat)
+    objective = next_token(self.objective, decoder)
+    optimizer = optimizers.build(self.optimizer, self.steps, axes_of(decoder))
+    plan, first_state = create(
+      decoder, optimizer.transform, self.seed, ema=self.ema is not None
+    )
+    print(summary.describe_layout(layout, plan))
+    print(f"attention: reference (plain XLA); remat: {self.remat}; {self.precision}")
+
+    store = Store(workdir / CHECKPOINTS, self.checkpoints, config.to_json(self))
+    try:
+      restored = store.restore(plan)
+      start = restored.step if restored else 0
+      if restored and start >= self.steps:
+        return self._finished(workdir, restored, decoder, corpus)
+      store.discard_after(start)
+      if restored:
+        rate = float(optimizer.schedule(start))
+        print(f"going on from the checkpoint of step {start}; learning rate {rate:.3g}")
+        if any(change.startswith("steps:") for change in changes):
+          print(f"  the learning rate's schedule now ends at step {self.steps}")
+      step = make_step(
+        objective, optimizer, micro_batches=self.accumulate, ema_decay=self.ema
+      )
+      began = time.perf_counter()
+      compiled = compile_step(step, plan, layout, self._batch_shapes())
+      print(summary.describe_step(compiled, time.perf_counter() - began))
+      state = restored.state if restored else first_state()
+      first = restored.data["next_batch"] if restored else 0
+      place = Placement.of(layout, self.data)
+      evaluate = self._evaluator(decoder, corpus, place)
+      with (
+        Loader(corpus, self.data, rows=place.rows, start=first) as loader,
+        metrics.Writer(workdir, start=start, total=self.steps) as writer,
+      ):
+        batches = map(place.put, loader)
+        parts = loop.Parts(compiled, batches, evaluate, store, writer)
+        outcome = loop.train(parts, self._cadence(), state, start)
+    finally:
+      store.close()
+    metrics.plot(workdir)
+    params = averaged(outcome.state)
+    result = Result(
+      workdir, outcome.step, outcome.stopped, params, decoder, corpus.tokenizer,
+      metrics.read(workdir),
+    )  # fmt: skip
+    if outcome.stopped:
+      print(
+        f"\nstopped by {outcome.stopped}: step {outcome.step} of {self.steps} is saved "
+        f"in {workdir}. The same command goes on from there."
+      )
+      return result
+    self._write_samples(result)
+    print(f"\nfinished: step {outcome.step} in {workdir}. {_last_score(result.rows)}")
+    return result
+
+  def _cadence(self) -> loop.Cadence:
+    return loop.Cadence(
+      steps=self.steps,
+      log=self.log_every,
+      evaluate=self.evaluate_every,
+      save=self.checkpoints.every,
+      tokens=self.data.batch * self.data.seq_len,
+    )
+
+  def _evaluator(
+    self, decoder: Decoder, corpus: Corpus, place: "Placement"
+  ) -> Callable[[TrainState], dict[str, float]]:
+    if not any(len(rows) for rows in corpus.held_out):
+      print("data.held_out is 0: nothing is evaluated")
+      return lambda state: {}
+    lengths = np.zeros(self.model.vocab, np.int32)
+    lengths[: corpus.tokenizer.vocab] = corpus.tokenizer.byte_lengths()
+    scores = make_evaluate(decoder, lengths, chunk=self.objective.chunk)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+      held_out = held_out_batches(corpus, self.data.batch, rows=place.rows)
+      return scores(averaged(state), map(place.put, held_out))
+
+    return evaluate
+
+  def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (self.data.batch, self.data.seq_len)
+    ints = ("tokens", "targets", "segments", "positions")
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
+    return shapes | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+  def _finished(
+    self, workdir: epath.Path, restored: Restored, decoder: Decoder, corpus: Corpus
+  ) -> Result:
+    rows = metrics.read(workdir)
+    done = f"{restored.step} of {self.steps}"
+    if restored.step > self.steps:
+      done = f"{restored.step}, past the {self.steps} steps asked for"
+    print(
+      f"\nthis run is finished: {workdir} is at step {done}. {_last_score(rows)} To go "
+      "on, give --config.steps= a larger number; for a new run, another --workdir."
+    )
+    params = averaged(restored.state)
+    return Result(workdir, restored.step, None, params, decoder, corpus.tokenizer, rows)
+
+  def _write_samples(self, result: Result) -> None:
+    if not self.samples.prompts:
+      return
+    tokenizer = result.tokenizer
+    prompts = [[tokenizer.bos, *tokenizer.encode(p)] for p in self.samples.prompts]
+    new = generate(
+      result.decoder,
+      result.params,
+      prompts,
+      self.samples.sampling,
+      tokens=self.samples.tokens,
+      end=tokenizer.eos,
+      seed=self.seed,
+    )
+    # model.vocab may be rounded up: an id past the tokenizer's stands for no text.
+    known = [[i for i in ids if i < tokenizer.vocab] for ids in new]
+    texts = [
+      prompt + tokenizer.decode(ids)
+      for prompt, ids in zip(self.samples.prompts, known, strict=True)
+    ]
+    for number, text in enumerate(texts, 1):
+      print(f"\n--- sample {number} ---\n{text}")
+    joined = "\n\n".join(f"--- sample {i} ---\n{t}" for i, t in enumerate(texts, 1))
+    files.write_atomic(result.workdir / "samples.txt", joined + "\n")
+
+
+def averaged(state: TrainState) -> PyTree:
+  """Returns the average of the parameters where the run keeps one."""
+  return state.params if state.ema is None else state.ema
+
+
+def _last_score(rows: list[dict[str, Any]]) -> str:
+  scores = [row for row in rows if "held_out/bits_per_byte" in row]
+  if not scores:
+    return ""
+  return f"Held-out bits per byte: {scores[-1]['held_out/bits_per_byte']:.4f}."
+
+
+__all__ = ["Plan", "Result", "Samples", "Train", "averaged"]
