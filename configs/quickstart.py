@@ -17,7 +17,7 @@ def get_config(
   """Returns the run; every argument can be given after the file's name."""
   heads = dim // 64
   block = Block(
-    mixer=GQA(heads=heads, kv_heads=heads, head_dim=64), mlp=GLU(hidden=dim * 8 // 3)
+    mixer=GQA(heads=heads, kv_heads=heads, head_dim=64), mlp=GLU(hidden=3 * dim)
   )
   return Train(
     model=LM(vocab=vocab, dim=dim, pattern=(block,), repeats=layers, head="tied"),

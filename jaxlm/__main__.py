@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxlm import config
 from jaxlm.errors import InputError
@@ -78,6 +78,8 @@ def main() -> None:
       raise InputError(f"not a flag: {' '.join(argv[1:])}; see --help")
     if not (_WORKDIR.value or _EXPLAIN.value):
       raise InputError("--workdir=FOLDER is required, or --explain to see the config")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # absl's own default tells INFO
     cfg = config.override(config.load(_CONFIG.value), overrides)
     if _EXPLAIN.value:
       print(config.explain(cfg))

@@ -160,7 +160,10 @@ class Train:
       decoder, optimizer.transform, self.seed, ema=self.ema is not None
     )
     print(summary.describe_layout(layout, plan))
-    print(f"attention: reference (plain XLA); remat: {self.remat}; {self.precision}")
+    print(
+      f"attention: blockwise, in XLA; remat: {self.remat}; parameters "
+      f"{self.precision.params}, computation {self.precision.compute}"
+    )
 
     store = Store(workdir / CHECKPOINTS, self.checkpoints, config.to_json(self))
     try:

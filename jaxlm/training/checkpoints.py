@@ -8,8 +8,8 @@
       manifest.json   size and hash of every other file
 
 A step counts only once its manifest stands, and the manifest is written last. Restoring
-reads every byte back and compares, for Orbax does not notice a flipped byte in an array;
-a step that fails is named and the step before it is used.
+reads every byte back and compares, for Orbax does not notice a flipped byte in an
+array; a step that fails is named and the step before it is used.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from etils import epath
 from jaxlm import files
 from jaxlm.errors import InputError
 from jaxlm.shapes import PyTree
+from jaxlm.training.faults import quiet_failed_saves
 from jaxlm.training.state import Plan, TrainState
 from jaxlm.trees import named_leaves
 
@@ -84,6 +85,7 @@ class Store:
     self._spec = spec
     self._config = config
     self._tell = tell
+    quiet_failed_saves()
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._thread: threading.Thread | None = None
     self._failure: BaseException | None = None
@@ -102,10 +104,11 @@ class Store:
     folder = self._directory / _name(step)
     if (folder / MANIFEST).exists():
       return
-    if folder.exists():
-      folder.rmtree()
-    self._require_space(state)
-    folder.mkdir(parents=True)
+    with self._explained(step):
+      if folder.exists():
+        folder.rmtree()
+      self._require_space(state)
+      folder.mkdir(parents=True)
     rest = state._replace(params=None)
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
@@ -158,10 +161,14 @@ class Store:
     return None
 
   def discard_after(self, step: int) -> None:
-    """Deletes the checkpoints past a step: those that the run will write anew."""
-    for later in self.steps():
-      if later > step:
-        _delete(self._directory / _name(later))
+    """Deletes the checkpoints past a step, which the run will write anew.
+
+    What a save or a deletion that was cut short left behind goes too.
+    """
+    whole = self.steps()
+    for found in _numbered(self._directory):
+      if jax.process_index() == 0 and (found > step or found not in whole):
+        _delete(self._directory / _name(found))
 
   def _read(self, step: int, folder: epath.Path, plan: Plan) -> Restored:
     target = jax.tree.map(
@@ -237,9 +244,12 @@ class Store:
   def _explained(self, step: int):
     try:
       yield
+    except InputError:
+      raise
     except Exception as error:
       full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-      why = "the disk is full" if full else str(error).splitlines()[0]
+      first = str(error).partition("\n")[0] or type(error).__name__
+      why = "the disk is full" if full else first
       raise InputError(
         f"{self._directory / _name(step)}: the checkpoint could not be written: {why}. "
         "The checkpoints before it are whole; mend this and run the same command."
@@ -248,19 +258,15 @@ class Store:
 
 def steps_in(directory: epath.Path) -> list[int]:
   """Returns the steps that have a manifest, oldest first."""
-  if not directory.exists():
-    return []
-  found = [place for place in directory.iterdir() if place.name.isdigit()]
-  return sorted(int(p.name) for p in found if (p / MANIFEST).exists())
+  found = _numbered(directory)
+  return [step for step in found if (directory / _name(step) / MANIFEST).exists()]
 
 
 def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
   """Returns {parameter name: shape} of a checkpoint, from its metadata alone."""
-  with ocp.StandardCheckpointer() as reader:
-    metadata = reader.metadata(folder / "arrays" / "params")
-  tree = getattr(metadata, "item_metadata", metadata)
-  tree = getattr(tree, "tree", tree)
-  return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+  metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "arrays" / "params")
+  leaves = named_leaves(metadata.tree)
+  return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
 def verify(folder: epath.Path) -> str:
@@ -303,6 +309,13 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
       yield from _files(place)
     else:
       yield place
+
+
+def _numbered(directory: epath.Path) -> list[int]:
+  if not directory.exists():
+    return []
+  steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+  return sorted(steps)
 
 
 def _name(step: int) -> str:

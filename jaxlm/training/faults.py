@@ -1,8 +1,11 @@
-"""What stops a run early: Ctrl-C, SIGTERM, values that are not finite."""
+"""What stops a run early: Ctrl-C, SIGTERM, values that are not finite, full disks."""
 
 import contextlib
+import functools
+import logging
 import math
 import signal
+import sys
 from collections.abc import Iterator
 
 from jaxlm.errors import InputError
@@ -48,3 +51,26 @@ def require_finite(step: int, metrics: dict[str, float]) -> None:
         "checkpoint. Lower optimizer.lr.peak, lengthen its warmup, or lower "
         "optimizer.clip, then run the same command in a new --workdir."
       )
+
+
+@functools.cache
+def quiet_failed_saves() -> None:
+  """Keeps the tracebacks that a failed save makes beside its exception off stderr.
+
+  For every array Orbax logs one, asyncio another, and TensorStore calls back into an
+  event loop that is gone. The exception itself is raised to the caller.
+  """
+
+  def keep(record: logging.LogRecord) -> bool:
+    lost = "never retrieved" in record.getMessage() and "orbax" in record.getMessage()
+    return not (lost or ("/orbax/" in record.pathname and record.exc_info))
+
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(keep)
+  before = sys.unraisablehook
+
+  def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
+
+  sys.unraisablehook = hook

@@ -50,8 +50,8 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
   """Runs from step `start` to `cadence.steps`.
 
   The metrics of a step are fetched while the next one runs. Before a checkpoint is
-  written, every row up to its step stands in metrics.jsonl, so that a killed run goes
-  on with the rows that an uninterrupted one has.
+  written, they are known to be finite, and every row up to its step stands in
+  metrics.jsonl, so that a killed run goes on with the rows of an uninterrupted one.
 
   Raises:
     InputError: the loss or gradient is not finite, or a checkpoint cannot be written.
@@ -78,26 +78,28 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
   step = start
   clock.start(start)
   with graceful() as stop:
-    while step < cadence.steps and stop.reason is None:
+    done = step >= cadence.steps
+    while not done:
       batch = next(parts.batches)
       state, metrics = parts.step(state, batch)
       report()
       step += 1
       late = (step, metrics)
-      last = step == cadence.steps or stop.reason is not None
-      evaluates = step % cadence.evaluate == 0 or step == cadence.steps
-      if not (last or evaluates or step % cadence.save == 0):
-        continue
-      report()
+      ends = step == cadence.steps
+      evaluates = ends or step % cadence.evaluate == 0
       if evaluates:
+        report()
         scores = parts.evaluate(state)
         parts.writer.write(step, scores)
         parts.writer.say(f"step {step}/{cadence.steps}  {_words(scores)}")
-      if last or step % cadence.save == 0:
+      done = ends or stop.reason is not None
+      saves = done or step % cadence.save == 0
+      if saves:
+        report()
         parts.store.save(step, state, {"next_batch": step})
-      clock.start(step)
-  report()
-  parts.store.wait()
+      if evaluates or saves:
+        clock.start(step)
+    parts.store.wait()
   return Outcome(state, step, stop.reason if step < cadence.steps else None)
 
 

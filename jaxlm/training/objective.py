@@ -53,7 +53,7 @@ class NextToken:
 
 
 def next_token(spec: NextToken, decoder: Decoder) -> Objective:
-  """Returns the objective over batches of tokens, targets, segments, positions, weights.
+  """Returns the objective over tokens, targets, segments, positions and weights.
 
   All are [B, T]; metrics are the loss without z-loss in nats per token and the share of
   tokens whose target had the largest logit.

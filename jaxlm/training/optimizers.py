@@ -2,7 +2,8 @@
 
 Every one is: clip by global norm, the optimizer's own scaling, decoupled weight decay,
 learning rate. Decay and learning rate are scaled per parameter by ordered
-(regex, factor) lists over parameter names.
+(regex, factor) lists over parameter names. Statistics, updates and norms are float32,
+whatever the parameters are.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ class _Common:
     if self.weight_decay < 0:
       raise InputError(f"optimizer.weight_decay: {self.weight_decay} is negative.")
     if self.clip is not None and self.clip <= 0:
-      raise InputError(f"optimizer.clip: {self.clip} is not positive; none turns it off.")
+      raise InputError(
+        f"optimizer.clip: {self.clip} is not positive; none turns it off."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ class Built(NamedTuple):
   """An optimizer ready for a step."""
 
   transform: optax.GradientTransformation
-  schedule: optax.Schedule
+  schedule: schedules.Rate
 
 
 def build(spec: Optimizer, steps: int, axes: PyTree) -> Built:
@@ -127,7 +130,7 @@ def build(spec: Optimizer, steps: int, axes: PyTree) -> Built:
     optax.scale_by_schedule(lambda step: -schedule(step)),
     _scale(spec.lr_scale),
   )
-  return Built(transform, schedule)
+  return Built(_on_float32(transform), schedule)
 
 
 def _core(spec: Optimizer, axes: PyTree) -> optax.GradientTransformation:
@@ -137,10 +140,11 @@ def _core(spec: Optimizer, axes: PyTree) -> optax.GradientTransformation:
     case Lion():
       return optax.scale_by_lion(spec.b1, spec.b2)
     case Adafactor():
+      factored = optax.scale_by_factored_rms(
+        decay_rate=spec.decay_rate, min_dim_size_to_factor=spec.factored_from
+      )
       return optax.chain(
-        optax.scale_by_factored_rms(
-          decay_rate=spec.decay_rate, min_dim_size_to_factor=spec.factored_from
-        ),
+        _on_matrices(factored, axes),
         optax.clip_by_block_rms(spec.clip_rms),
         optax.scale_by_param_block_rms(),
       )
@@ -207,6 +211,42 @@ def matrix_dims(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
   return MuonDimensionNumbers(reduction_axis=first, output_axis=last)
 
 
+def _on_matrices(
+  transform: optax.GradientTransformation, axes: PyTree
+) -> optax.GradientTransformation:
+  """Shows a transformation heads and their dims as one: [L, D, H, K] as [L, D, HK]."""
+  is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+
+  def view(names: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+    if "head_dim" not in names or "embed" not in names:
+      return x
+    at = names.index("head_dim")
+    return x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
+
+  def views(tree: PyTree) -> PyTree:
+    return jax.tree.map(view, axes, tree, is_leaf=is_axes)
+
+  def update(updates: PyTree, state: PyTree, params: PyTree | None = None):
+    seen, state = transform.update(views(updates), state, views(params))
+    return jax.tree.map(lambda u, x: u.reshape(x.shape), seen, updates), state
+
+  def init(params: PyTree) -> PyTree:
+    return transform.init(views(params) if jax.tree.leaves(params) else params)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _on_float32(
+  transform: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  def update(updates: PyTree, state: PyTree, params: PyTree | None = None):
+    return transform.update(in_float32(updates), state, in_float32(params))
+
+  return optax.GradientTransformation(
+    lambda params: transform.init(in_float32(params)), update
+  )
+
+
 def _add_decay(weight_decay: float, factors: Factors) -> optax.GradientTransformation:
   def decay(updates: PyTree, params: PyTree | None) -> PyTree:
     if weight_decay == 0:
@@ -227,15 +267,25 @@ def _scale(factors: Factors) -> optax.GradientTransformation:
   return optax.stateless(scale)
 
 
-def decayed(params: PyTree, average: PyTree, decay: float) -> PyTree:
-  """Returns decay * average + (1 - decay) * params, in the average's dtypes."""
+def in_float32(tree: PyTree) -> PyTree:
+  """Returns a tree with every leaf in float32."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def moved(params: PyTree, updates: PyTree) -> PyTree:
+  """Returns params + updates, added in float32, in the dtypes of the parameters."""
   return jax.tree.map(
-    lambda a, p: (decay * a + (1 - decay) * p.astype(a.dtype)).astype(a.dtype),
-    average,
-    params,
+    lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates
+  )
+
+
+def decayed(params: PyTree, average: PyTree, decay: float) -> PyTree:
+  """Returns decay * average + (1 - decay) * params; the average is float32."""
+  return jax.tree.map(
+    lambda a, p: decay * a + (1 - decay) * p.astype(a.dtype), average, params
   )
 
 
 def norm(tree: PyTree) -> jax.Array:
   """Returns the global norm in float32."""
-  return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+  return optax.tree.norm(in_float32(tree))

@@ -1,12 +1,16 @@
 """Learning rate as a function of the step, as specs; `build` makes optax schedules."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 
 from jaxlm.errors import InputError
+from jaxlm.shapes import Array
+
+Rate = Callable[[Any], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,19 +76,23 @@ class InverseSqrt:
 Schedule = Constant | WarmupCosine | WarmupLinear | WarmupStableDecay | InverseSqrt
 
 
-def build(schedule: Schedule, steps: int) -> optax.Schedule:
+def build(schedule: Schedule, steps: int) -> Rate:
   """Returns step -> learning rate for a run of so many steps.
 
   Step s of the run (from 0) uses the value at s; warmup reaches the peak at step
   `warmup`, the decay its end at step `steps`.
 
   Raises:
-    InputError: the warmup does not fit into the run.
+    InputError: the warmup does not fit into the run, or a share is not one.
   """
   if schedule.warmup < 0 or schedule.warmup > steps:
     raise InputError(
       f"optimizer.lr.warmup: {schedule.warmup} is not within the run's {steps} steps."
     )
+  for field in ("decay", "final"):
+    share = vars(schedule).get(field, 0.0)
+    if not 0 <= share <= 1:
+      raise InputError(f"optimizer.lr.{field}: {share} is not a share, from 0 to 1.")
   match schedule:
     case Constant():
       after = optax.constant_schedule(1.0)
@@ -99,10 +107,10 @@ def build(schedule: Schedule, steps: int) -> optax.Schedule:
       after = optax.join_schedules([optax.constant_schedule(1.0), tail], [start])
     case InverseSqrt(warmup=warmup):
       first = max(warmup, 1)
-      after = lambda step: jnp.sqrt(first / (step + first))  # noqa: E731
+      after = lambda step: jnp.sqrt(first / (jnp.maximum(step, 0) + first))  # noqa: E731
   parts = [optax.linear_schedule(0.0, 1.0, max(schedule.warmup, 1)), after]
   joined = optax.join_schedules(parts, [schedule.warmup])
-  return lambda step: schedule.peak * joined(step)
+  return lambda step: jnp.asarray(schedule.peak * joined(step), jnp.float32)
 
 
 def _to_end(steps: int, final: float, shape: str) -> optax.Schedule:

@@ -23,6 +23,7 @@ class TrainState(NamedTuple):
   opt_state: PyTree
   rng: Array
   ema: PyTree | None
+  """An average of the parameters, in float32."""
 
 
 class Plan(NamedTuple):
@@ -52,7 +53,8 @@ def create(
   def make(key: Array) -> TrainState:
     init_key, rng = jax.random.split(key)
     params = decoders.unbox(decoders.init(decoder, init_key))
-    average = jax.tree.map(jnp.copy, params) if ema else None
+    copy = lambda p: jnp.array(p, jnp.float32)  # noqa: E731
+    average = jax.tree.map(copy, params) if ema else None
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, transform.init(params), rng, average)
 
@@ -75,15 +77,25 @@ def _shardings(
   layout: Layout, shapes: TrainState, transform, axes: PyTree
 ) -> TrainState:
   whole = layout.sharding()
+  absent = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
   is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
   params = jax.tree.map(lambda names: layout.sharding(*names), axes, is_leaf=is_axes)
+
+  def like(leaf, sharding, param):
+    if absent(leaf):
+      return leaf
+    return sharding if leaf.shape == param.shape else whole
+
   like_param = optax.tree_map_params(
     transform,
-    lambda leaf, sharding, param: sharding if leaf.shape == param.shape else whole,
+    like,
     shapes.opt_state,
     params,
     shapes.params,
     transform_non_params=lambda _: whole,
+    is_leaf=absent,
   )
   ema = None if shapes.ema is None else params
-  return TrainState(whole, params, like_param, whole, ema)
+  return shapes._replace(
+    step=whole, params=params, opt_state=like_param, rng=whole, ema=ema
+  )

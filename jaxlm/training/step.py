@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding.rules import Layout
@@ -34,11 +33,11 @@ def make_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(state.rng, state.step)
     terms, grads = accumulate(objective, state.params, batch, rng, micro_batches)
-    grads = jax.tree.map(lambda g: (g / terms.denominator).astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g / terms.denominator, grads)
     updates, opt_state = optimizer.transform.update(
       grads, state.opt_state, state.params
     )
-    params = optax.apply_updates(state.params, updates)
+    params = optimizers.moved(state.params, updates)
     ema = state.ema
     if ema is not None and ema_decay is not None:
       ema = optimizers.decayed(params, ema, ema_decay)
@@ -54,7 +53,7 @@ def make_step(
 def accumulate(
   objective: Objective, params: PyTree, batch: Batch, rng: Array, micro_batches: int
 ) -> tuple[Terms, PyTree]:
-  """Returns the summed terms and the gradient of the summed numerator.
+  """Returns the summed terms and the gradient of the summed numerator, in float32.
 
   Row r of the batch belongs to micro-batch r mod `micro_batches`, so each device keeps
   its own rows.
@@ -64,24 +63,24 @@ def accumulate(
     terms = objective(params, batch, rng)
     return terms.numerator, terms
 
-  gradient = jax.value_and_grad(numerator, has_aux=True)
+  def gradient(batch: Batch, rng: Array) -> tuple[Terms, PyTree]:
+    grads, terms = jax.grad(numerator, has_aux=True)(params, batch, rng)
+    return terms, optimizers.in_float32(grads)
+
   if micro_batches == 1:
-    (_, terms), grads = gradient(params, batch, rng)
-    return terms, grads
+    return gradient(batch, rng)
 
   def split(a: Array) -> Array:
     return jnp.moveaxis(a.reshape(-1, micro_batches, *a.shape[1:]), 1, 0)
 
   def add(sums: Any, micro: tuple[Batch, Array]) -> tuple[Any, None]:
-    part, rng = micro
-    (_, terms), grads = gradient(params, part, rng)
-    return jax.tree.map(jnp.add, sums, (terms, grads)), None
+    return jax.tree.map(jnp.add, sums, gradient(*micro)), None
 
   micro = (jax.tree.map(split, batch), jax.random.split(rng, micro_batches))
   first = jax.tree.map(lambda a: a[0], micro)
   zeros = jax.tree.map(
     lambda s: jnp.zeros(s.shape, s.dtype),
-    jax.eval_shape(lambda: (objective(params, *first), params)),
+    jax.eval_shape(lambda: (objective(params, *first), optimizers.in_float32(params))),
   )
   (terms, grads), _ = jax.lax.scan(add, zeros, micro)
   return terms, grads

@@ -1,0 +1,88 @@
+"""Every file in configs/: loaded, saved, explained, and shape-checked, not computed."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm import config, explain
+from jaxlm.models.decoder import Decoder
+from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.rules import Layout
+from jaxlm.training import optimizers
+from jaxlm.training.objective import next_token
+from jaxlm.training.state import axes_of, create
+from jaxlm.training.step import make_step
+
+FILES = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.py"))
+CONFIGS = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def test_there_are_configs():
+  assert "quickstart" in {file.stem for file in FILES}
+
+
+@CONFIGS
+def test_it_is_saved_and_loaded_into_an_equal_object(file):
+  cfg = config.load(str(file))
+  config.check(cfg)
+  assert config.from_json(config.to_json(cfg)) == cfg
+  assert hasattr(cfg, "run")
+
+
+def undocumented(value, at=""):
+  """Yields the fields of a config that have no doc in their class."""
+  if isinstance(value, tuple):
+    for index, element in enumerate(value):
+      yield from undocumented(element, explain.join(at, index))
+  if not explain.is_config(value):
+    return
+  docs = {}
+  for base in type(value).__mro__:
+    docs = explain._class_docs(base)[1] | docs
+  for name in explain.field_types(type(value)):
+    if not docs.get(name):
+      yield explain.join(at, name)
+    yield from undocumented(getattr(value, name), explain.join(at, name))
+
+
+@CONFIGS
+def test_every_field_is_explained(file):
+  cfg = config.load(str(file))
+  assert list(undocumented(cfg)) == []
+  text = config.explain(cfg)
+  for part in ("model.dim = ", "data.batch = ", "optimizer.lr.peak = ", "steps = "):
+    assert part in text
+
+
+@CONFIGS
+def test_its_docstring_says_what_it_is(file):
+  assert re.match(r'""".+?\."""|""".+?\.\n', file.read_text(), re.DOTALL)
+
+
+@CONFIGS
+def test_state_and_step_have_the_right_shapes(file):
+  """Abstract values alone, on a mesh of one device."""
+  cfg = config.load(str(file))
+  layout = Layout(make_mesh(Mesh(), jax.devices()[:1]), cfg.sharding)
+  decoder = Decoder(cfg.model, cfg.precision, layout, cfg.remat)
+  optimizer = optimizers.build(cfg.optimizer, cfg.steps, axes_of(decoder))
+  shape = (cfg.data.batch, cfg.data.seq_len)
+  ints = ("tokens", "targets", "segments", "positions")
+  batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
+  batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  step = make_step(
+    next_token(cfg.objective, decoder),
+    optimizer,
+    micro_batches=cfg.accumulate,
+    ema_decay=cfg.ema,
+  )
+  with jax.numpy_dtype_promotion("standard"):
+    plan, _ = create(decoder, optimizer.transform, cfg.seed, ema=cfg.ema is not None)
+    after, metrics = jax.eval_shape(step, plan.shapes, batch)
+  facts = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+  assert facts(after) == facts(plan.shapes)
+  assert {"loss", "grad_norm", "lr"} <= metrics.keys()
+  assert {(x.shape, str(x.dtype)) for x in metrics.values()} == {((), "float32")}
