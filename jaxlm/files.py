@@ -26,6 +26,12 @@ def path(name: Pathlike) -> epath.Path:
   return epath.Path(name).expanduser()
 
 
+def absolute(name: Pathlike) -> epath.Path:
+  """Returns the path object of a name, from the root; remote ones already are."""
+  place = path(name)
+  return place if "://" in str(place) else place.absolute()
+
+
 def find(pattern: Pathlike, field: str) -> list[epath.Path]:
   """Returns the files that a path or a glob pattern names, sorted.
 

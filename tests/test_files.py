@@ -78,3 +78,9 @@ def test_a_write_is_whole_or_leaves_no_trace(folder, monkeypatch):
     files.write_atomic(file, b"new")
   assert [each.name for each in folder.iterdir()] == ["x.txt"]
   assert file.read_text() == TEXT
+
+
+def test_absolute_leaves_remote_paths(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(files.absolute("runs/x")) == str(tmp_path / "runs/x")
+  assert str(files.absolute("gs://bucket/x")) == "gs://bucket/x"

@@ -133,7 +133,7 @@ class Train:
     Raises:
       InputError: whatever the user can mend; the message says how.
     """
-    workdir = files.path(workdir)
+    workdir = files.absolute(workdir)
     with explained(workdir):
       return self._run(workdir)
 

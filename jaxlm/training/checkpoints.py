@@ -128,6 +128,10 @@ class Store:
     if self._thread is not None:
       self._thread.join()
       self._thread = None
+    self.check()
+
+  def check(self) -> None:
+    """Raises InputError where the save behind has failed; waits for nothing."""
     if self._failure is not None:
       failure, self._failure = self._failure, None
       raise failure

@@ -82,6 +82,7 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
     while not done:
       batch = next(parts.batches)
       state, metrics = parts.step(state, batch)
+      parts.store.check()
       report()
       step += 1
       late = (step, metrics)

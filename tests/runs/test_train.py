@@ -23,8 +23,9 @@ from runs.conftest import TINY
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory):
   """A run that is finished; its result."""
-  with jax.numpy_dtype_promotion("standard"):
-    return tiny(*SPOKEN).run(str(tmp_path_factory.mktemp("done") / "run"))
+  with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
+    patch.chdir(tmp_path_factory.mktemp("done"))
+    return tiny(*SPOKEN).run("relative/run")
 
 
 SPOKEN = ('samples.prompts=("ROMEO","")', "samples.tokens=8", "checkpoints.keep=2")

@@ -17,6 +17,7 @@ class Run:
 
   def __init__(self, *, losses=None, during=None):
     self.events = []
+    self.failure = None
     self.losses = losses or {}
     self.during = during or {}
     self.writer = self.store = self
@@ -51,6 +52,10 @@ class Run:
   def save(self, step, state, data):
     assert state == step == data["next_batch"]
     self.note("save", step)
+
+  def check(self):
+    if self.failure is not None:
+      raise self.failure
 
   def wait(self):
     self.note("wait")
@@ -197,3 +202,11 @@ def test_the_clock_counts_between_reports_and_not_what_lies_between(monkeypatch)
   now[0] = 91.0
   assert clock.tick(13)["seconds"] == 1.0
   assert clock.seconds_a_step == pytest.approx(0.9 * 2 + 0.1 * 1)
+
+
+def test_a_save_that_failed_behind_ends_the_run_at_the_next_step():
+  run = Run()
+  run.during = {("step", 3, 3): lambda: setattr(run, "failure", InputError("full"))}
+  with pytest.raises(InputError, match="full"):
+    run.train()
+  assert run.seen("step")[-1] == ("step", 3, 3)
