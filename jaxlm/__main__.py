@@ -22,7 +22,7 @@ _CONFIG = flags.DEFINE_string(
   required=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run's checkpoints and metrics, local or remote."
+  "workdir", None, "Folder of the run's checkpoints and metrics."
 )
 _EXPLAIN = flags.DEFINE_bool(
   "explain", False, "Print every field of the config with its type and doc, and exit."

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxlm.errors import InputError
 from jaxlm.models import spec as specs
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import bias, matrix
@@ -63,6 +64,8 @@ class Attention(nn.Module):
         self._scoring(), q_BTHK, k_BTGK, v_BTGK, positions_BT, whole
       )
     else:
+      if segments_BT is not None:
+        raise InputError("segments: a cache holds one document a row; give none.")
       cache = _write(cache, k_BTGK, v_BTGK, positions_BT)
       out_BTHK = self._read(cache, q_BTHK, positions_BT)
     out_BTHK = self.layout.constrain(out_BTHK, "batch", "sequence", "heads", "head_dim")

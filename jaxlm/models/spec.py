@@ -249,3 +249,6 @@ class Precision:
 
 
 Remat = Literal["none", "full", "dots", "dots_without_batch"]
+"""What a block recomputes in the backward pass instead of keeping it: nothing, all,
+what is no product, or that and products within a row. Norms, activations and attention
+scores are always recomputed from their inputs: they cost less than they take."""

@@ -2,8 +2,9 @@
 
 `attend` takes any mask and is the reference; it serves cached decoding. `attend_blocks`
 is for a whole sequence: it walks over blocks of queries, sees only the keys that
-causality and the window leave, and keeps no score for the backward pass, so memory
-grows with T and not with T squared (Rabe & Staats 2021; Dao et al. 2022).
+causality and the window leave, and keeps no score for the backward pass (Rabe & Staats
+2021; Dao et al. 2022). Alive at a time are the scores of one block: 128 T a head up to
+T = 2,048, and a sixteenth of T squared beyond.
 """
 
 import functools

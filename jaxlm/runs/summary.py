@@ -7,8 +7,9 @@ import jax
 from jaxlm.models import count, spec
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
+from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.state import Plan
-from jaxlm.trees import named_leaves
+from jaxlm.trees import match, named_leaves
 
 
 def describe_model(model: spec.LM, seq_len: int, batch: int) -> str:
@@ -39,6 +40,19 @@ def describe_layout(layout: Layout, plan: Plan) -> str:
     f"  on a device: parameters {params / 1e6:,.1f} MB, whole state "
     f"{state / 1e6:,.1f} MB"
   )
+
+
+def describe_rules(optimizer: Optimizer, params: PyTree) -> str:
+  """Returns which parameters each pattern of the optimizer's rules takes."""
+  lines = [f"optimizer: {type(optimizer).__name__}"]
+  for field, rules in (("decay", optimizer.decay), ("lr_scale", optimizer.lr_scale)):
+    numbered = [(pattern, number) for number, (pattern, _) in enumerate(rules)]
+    taken = named_leaves(match(numbered, params))
+    for number, (pattern, factor) in enumerate(rules):
+      names = [name for name, rule in taken.items() if rule == number]
+      example = f", such as {names[0]}" if names else ""
+      lines.append(f"  {field} x {factor:g}: {pattern!r}, {len(names)} leaves{example}")
+  return "\n".join(lines)
 
 
 def bytes_on_a_device(shapes: PyTree, shardings: PyTree) -> int:

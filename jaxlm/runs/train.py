@@ -1,5 +1,6 @@
 """A training run: from a config to a model, in the order things happen."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jaxlm import config, files
 from jaxlm.data.corpus import Corpus, Data, prepare
 from jaxlm.data.loader import Loader, held_out_batches
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import save as save_tokenizer
 from jaxlm.decoding.generate import generate
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
@@ -21,7 +23,7 @@ from jaxlm.evaluation.bits_per_byte import make_evaluate
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
 from jaxlm.runs import summary
-from jaxlm.runs.workdir import CHECKPOINTS, claim, explained
+from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import check_batch, placer, rows_here
@@ -29,7 +31,7 @@ from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.checkpoints import Checkpoints, Restored, Store
 from jaxlm.training.objective import Batch, NextToken, next_token
-from jaxlm.training.state import Plan, TrainState, axes_of, create
+from jaxlm.training.state import TrainState, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 
 FREE = (
@@ -133,19 +135,30 @@ class Train:
     Raises:
       InputError: whatever the user can mend; the message says how.
     """
-    workdir = files.absolute(workdir)
-    with explained(workdir):
-      return self._run(workdir)
-
-  def _run(self, workdir: epath.Path) -> Result:
+    if jax.process_count() > 1:
+      raise InputError(
+        f"{jax.process_count()} processes: a run has one process so far. Start it on "
+        "one host, with as many devices as that has."
+      )
     layout = Layout(make_mesh(self.mesh), self.sharding)
     check_batch(layout, self.data.batch, self.data.seq_len, self.accumulate)
+    workdir = files.absolute(workdir)
+    with explained(workdir), held(workdir), self._products():
+      return self._run(workdir, layout)
+
+  def _products(self) -> contextlib.AbstractContextManager:
+    """float32 means float32: accelerators would round the factors of products."""
+    exact = self.precision.compute == "float32"
+    return jax.default_matmul_precision("highest" if exact else "default")
+
+  def _run(self, workdir: epath.Path, layout: Layout) -> Result:
     changes = claim(workdir, self, FREE)
     for change in changes:
       print(f"changed since this workdir was last run: {change}")
 
     corpus = prepare(self.data, workdir / "data")
     print(corpus.report)
+    save_tokenizer(corpus.tokenizer, workdir)
     if self.model.vocab < corpus.tokenizer.vocab:
       raise InputError(
         f"model.vocab: {self.model.vocab} ids are fewer than the tokenizer's "
@@ -160,6 +173,7 @@ class Train:
       decoder, optimizer.transform, self.seed, ema=self.ema is not None
     )
     print(summary.describe_layout(layout, plan))
+    print(summary.describe_rules(self.optimizer, plan.shapes.params))
     print(
       f"attention: blockwise, in XLA; remat: {self.remat}; parameters "
       f"{self.precision.params}, computation {self.precision.compute}"
@@ -171,7 +185,11 @@ class Train:
       start = restored.step if restored else 0
       if restored and start >= self.steps:
         return self._finished(workdir, restored, decoder, corpus)
-      store.discard_after(start)
+      if restored:
+        check_same_text(restored, corpus, self.data)
+      elif metrics.read(workdir):
+        print("no checkpoint was finished here: the run begins again at step 0")
+      store.clear(start)
       if restored:
         rate = float(optimizer.schedule(start))
         print(f"going on from the checkpoint of step {start}; learning rate {rate:.3g}")
@@ -192,7 +210,9 @@ class Train:
         metrics.Writer(workdir, start=start, total=self.steps) as writer,
       ):
         batches = map(place.put, loader)
-        parts = loop.Parts(compiled, batches, evaluate, store, writer)
+        parts = loop.Parts(
+          compiled, batches, evaluate, store, writer, corpus.fingerprint
+        )
         outcome = loop.train(parts, self._cadence(), state, start)
     finally:
       store.close()
@@ -283,6 +303,18 @@ class Train:
     files.write_atomic(result.workdir / "samples.txt", joined + "\n")
 
 
+def check_same_text(restored: Restored, corpus: Corpus, data: Data) -> None:
+  """Raises InputError where a checkpoint was trained on other rows."""
+  if restored.data["corpus"] != corpus.fingerprint:
+    sources = ", ".join(weighted.source.path for weighted in data.sources)
+    raise InputError(
+      f"data.sources: the text ({sources}) or the version of the tokenizer's trainer "
+      f"is not what step {restored.step} was trained on: its rows were "
+      f"{restored.data['corpus']}, these are {corpus.fingerprint}. Bring the files "
+      "back, or give another --workdir."
+    )
+
+
 def averaged(state: TrainState) -> PyTree:
   """Returns the average of the parameters where the run keeps one."""
   return state.params if state.ema is None else state.ema
@@ -293,6 +325,3 @@ def _last_score(rows: list[dict[str, Any]]) -> str:
   if not scores:
     return ""
   return f"Held-out bits per byte: {scores[-1]['held_out/bits_per_byte']:.4f}."
-
-
-__all__ = ["Plan", "Result", "Samples", "Train", "averaged"]

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,6 +58,30 @@ def claim(workdir: epath.Path, run: Any, free: Sequence[str]) -> list[str]:
   if changes:
     files.write_atomic(file, config.to_json(run))
   return changes
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[None]:
+  """Keeps a folder for this process as long as the context lasts.
+
+  Raises:
+    InputError: another process has it, or it is remote.
+  """
+  if "://" in str(workdir):
+    raise InputError(f"--workdir={workdir}: is remote; give a local folder.")
+  workdir.mkdir(parents=True, exist_ok=True)
+  place = os.open(workdir, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(
+        f"--workdir={workdir}: another process is running in it. Wait for it, stop it, "
+        "or give another folder."
+      ) from error
+    yield
+  finally:
+    os.close(place)
 
 
 @contextlib.contextmanager

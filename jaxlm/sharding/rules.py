@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm.errors import InputError, nearest
 from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding.mesh import AXES
-from jaxlm.trees import map_named, named_leaves
+from jaxlm.trees import named_leaves
 
 Axes = tuple[str, ...]
 BATCH_AXES = ("data", "fsdp")
@@ -54,6 +54,13 @@ class ShardingRules:
             f"{', '.join(AXES)}.{nearest(axis, AXES)}"
           )
 
+    both = set(self.vocab) & set(self.batch + self.sequence)
+    if both:
+      raise InputError(
+        f"sharding.vocab: {sorted(both)} split rows or positions too, and the loss "
+        "needs every row's whole vocabulary. Use another mesh axis."
+      )
+
   def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
     """Returns the PartitionSpec of an array whose dimensions have these names.
 
@@ -81,12 +88,24 @@ class ShardingRules:
     return PartitionSpec(*entries)
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(ShardingRules))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A device mesh and the rules onto it; hashable, so a module can hold it."""
 
   mesh: jax.sharding.Mesh
   rules: ShardingRules = ShardingRules()
+
+  def __post_init__(self):
+    used = {axis for field in FIELDS for axis in getattr(self.rules, field)}
+    for axis, size in self.mesh.shape.items():
+      if size > 1 and axis not in used:
+        raise InputError(
+          f"mesh.{axis}: {size}, and no sharding rule uses this axis, so its devices "
+          "would all do the same work. Set it to 1, or name it in a rule."
+        )
 
   def sharding(self, *axes: str | None) -> NamedSharding:
     """Returns the sharding of an array whose dimensions have these names."""
@@ -119,18 +138,17 @@ def check_divides(layout: Layout, shapes: PyTree, shardings: PyTree) -> None:
 
 
 def replicated_share(layout: Layout, shapes: PyTree, shardings: PyTree) -> float:
-  """Returns the share of bytes that FSDP and tensor axes should split and do not.
+  """Returns the bytes that a device holds beyond its part, as a share of all bytes.
 
-  A leaf counts as replicated when every device holds it whole although the mesh has an
-  fsdp, tensor or expert axis larger than one.
+  Its part is one over the product of the axes that split parameters: fsdp, tensor and
+  expert. A leaf that only some of them split counts by what it is held too often.
   """
-  splits = ("fsdp", "tensor", "expert")
-  if all(layout.mesh.shape[axis] == 1 for axis in splits):
-    return 0.0
-  sizes = map_named(lambda _, x: x.size * x.dtype.itemsize, shapes)
+  parts = math.prod(layout.mesh.shape[axis] for axis in ("fsdp", "tensor", "expert"))
   placed = named_leaves(shardings)
-  total = whole = 0
-  for name, size in named_leaves(sizes).items():
+  total = excess = 0.0
+  for name, leaf in named_leaves(shapes).items():
+    size = leaf.size * leaf.dtype.itemsize
+    held = math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
     total += size
-    whole += size if placed[name].is_fully_replicated else 0
-  return whole / total
+    excess += held - size / parts
+  return excess / total

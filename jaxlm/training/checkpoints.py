@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from jaxlm.training.state import Plan, TrainState
 from jaxlm.trees import named_leaves
 
 MANIFEST = "manifest.json"
+ARRAYS = "arrays"
 BLOCK = 1 << 22
 
 
@@ -103,7 +105,7 @@ class Store:
     self.wait()
     folder = self._directory / _name(step)
     if (folder / MANIFEST).exists():
-      return
+      raise InputError(f"{folder}: a checkpoint stands here already and is kept.")
     with self._explained(step):
       if folder.exists():
         folder.rmtree()
@@ -115,7 +117,7 @@ class Store:
       rest=ocp.args.StandardSave(_without_none(rest)),
     )
     with self._explained(step):
-      self._orbax.save(folder / "arrays", items)
+      self._orbax.save(folder / ARRAYS, items)
     self._thread = threading.Thread(target=self._commit, args=(step, folder, data))
     self._thread.start()
 
@@ -164,15 +166,24 @@ class Store:
       )
     return None
 
-  def discard_after(self, step: int) -> None:
-    """Deletes the checkpoints past a step, which the run will write anew.
+  def clear(self, step: int) -> None:
+    """Makes room for the steps past the one that was restored.
 
-    What a save or a deletion that was cut short left behind goes too.
+    What stands there is damaged or was cut short. Where it still holds arrays it is set
+    aside under another name, so that nothing is lost; the rest is deleted.
     """
     whole = self.steps()
     for found in _numbered(self._directory):
-      if jax.process_index() == 0 and (found > step or found not in whole):
-        _delete(self._directory / _name(found))
+      folder = self._directory / _name(found)
+      if found <= step and found in whole:
+        continue
+      if not (folder / ARRAYS).exists():
+        folder.rmtree()
+        self._tell(f"{folder}: a save that was cut short is deleted")
+        continue
+      aside = folder.with_name(f"{folder.name}.unused-{uuid.uuid4().hex[:6]}")
+      folder.rename(aside)
+      self._tell(f"{folder}: not a whole checkpoint; set aside as {aside.name}")
 
   def _read(self, step: int, folder: epath.Path, plan: Plan) -> Restored:
     target = jax.tree.map(
@@ -188,7 +199,7 @@ class Store:
       params=ocp.args.StandardRestore(target.params),
       rest=ocp.args.StandardRestore(rest),
     )
-    read = self._orbax.restore(folder / "arrays", items)
+    read = self._orbax.restore(folder / ARRAYS, items)
     state = TrainState(**{"ema": None} | read["rest"], params=read["params"])
     data = json.loads((folder / "data.json").read_text())
     return Restored(state, step, data)
@@ -209,8 +220,6 @@ class Store:
 
   def _require_space(self, state: TrainState) -> None:
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    if "://" in str(self._directory):
-      return
     place = self._directory
     while not place.exists():
       place = place.parent
@@ -228,10 +237,9 @@ class Store:
         self._orbax.wait_until_finished()
         files.write_atomic(folder / "config.json", self._config)
         files.write_atomic(folder / "data.json", json.dumps(data))
-        if jax.process_index() == 0:
-          manifest = json.dumps(_hashes(folder), indent=1)
-          files.write_atomic(folder / MANIFEST, manifest)
-          self._prune()
+        manifest = json.dumps(_hashes(folder), indent=1)
+        files.write_atomic(folder / MANIFEST, manifest)
+        self._prune()
     except BaseException as error:
       self._failure = error
 
@@ -268,18 +276,27 @@ def steps_in(directory: epath.Path) -> list[int]:
 
 def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
   """Returns {parameter name: shape} of a checkpoint, from its metadata alone."""
-  metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "arrays" / "params")
+  metadata = ocp.PyTreeCheckpointHandler().metadata(folder / ARRAYS / "params")
   leaves = named_leaves(metadata.tree)
   return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
 def verify(folder: epath.Path) -> str:
-  """Returns what is wrong with a checkpoint's files, or an empty string."""
+  """Returns what is wrong with a checkpoint's files, or an empty string.
+
+  Raises:
+    InputError: the disk would not read them, which says nothing about them.
+  """
   try:
     wanted = json.loads((folder / MANIFEST).read_text())
     found = _hashes(folder)
-  except (OSError, ValueError) as error:
-    return f"{MANIFEST} cannot be read ({error})"
+  except ValueError as error:
+    return f"{MANIFEST} is not what was written ({error})"
+  except OSError as error:
+    raise InputError(
+      f"{error.filename or folder}: cannot be read ({error.strerror or error}). "
+      "Nothing was changed; mend the disk or the rights and run the same command."
+    ) from error
   for name in sorted(wanted.keys() | found.keys()):
     if name not in found:
       return f"{name} is missing"

@@ -43,11 +43,11 @@ def graceful() -> Iterator[Stop]:
 
 
 def require_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises InputError naming the step and the value that is not finite."""
-  for name in ("loss", "grad_norm"):
-    if not math.isfinite(metrics[name]):
+  """Raises InputError naming the step and the first value that is not finite."""
+  for name, value in metrics.items():
+    if not math.isfinite(value):
       raise InputError(
-        f"step {step}: {name} is {metrics[name]}. Nothing was saved since the last "
+        f"step {step}: {name} is {value}. Nothing was saved since the last "
         "checkpoint. Lower optimizer.lr.peak, lengthen its warmup, or lower "
         "optimizer.clip, then run the same command in a new --workdir."
       )

@@ -24,6 +24,8 @@ class Parts(NamedTuple):
   evaluate: Callable[[TrainState], dict[str, float]]
   store: Store
   writer: Writer
+  corpus: str
+  """Fingerprint of the rows, kept with each checkpoint."""
 
 
 class Cadence(NamedTuple):
@@ -66,7 +68,7 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
     step, metrics = late
     late = None
     row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    require_finite(step, row)
+    require_finite(step, {name: row[name] for name in ("loss", "grad_norm")})
     speed = clock.tick(step)
     logged = step % cadence.log == 0 or step == cadence.steps
     if logged:
@@ -91,13 +93,15 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
       if evaluates:
         report()
         scores = parts.evaluate(state)
+        require_finite(step, scores)
         parts.writer.write(step, scores)
         parts.writer.say(f"step {step}/{cadence.steps}  {_words(scores)}")
       done = ends or stop.reason is not None
       saves = done or step % cadence.save == 0
       if saves:
         report()
-        parts.store.save(step, state, {"next_batch": step})
+        data = {"next_batch": step, "corpus": parts.corpus}
+        parts.store.save(step, state, data)
       if evaluates or saves:
         clock.start(step)
     parts.store.wait()

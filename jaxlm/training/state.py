@@ -65,9 +65,10 @@ def create(
   share = replicated_share(layout, shapes.params, shardings.params)
   if share > REPLICATED_LIMIT:
     raise InputError(
-      f"sharding: {share:.1%} of the parameter bytes would be whole on every device; "
-      f"at most {REPLICATED_LIMIT:.0%} may. Split the axes 'embed' or 'vocab' in the "
-      "sharding rules, or use the mesh axis 'data' for replicas."
+      f"sharding: each device would hold {share:.1%} of the parameter bytes beyond its "
+      f"part; at most {REPLICATED_LIMIT:.0%} may be. Let the rules of 'embed' use fsdp "
+      "and those of 'vocab', 'heads', 'kv_heads' and 'mlp' use tensor, or use the mesh "
+      "axis 'data' for replicas."
     )
   plan = Plan(shapes, shardings)
   return plan, lambda: jax.jit(make, out_shardings=shardings)(key)

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import pathlib
 import re
 import shutil
 import sys
@@ -133,9 +134,7 @@ def test_a_mesh_that_a_parameter_does_not_divide_by(tiny, tmp_path):
 
 def test_parameters_that_no_axis_splits(tiny, tmp_path):
   words = refusal(tiny("sharding.embed=()"), tmp_path / "a")
-  assert (
-    "of the parameter bytes would be whole on every device; at most 2% may" in words
-  )
+  assert "of the parameter bytes beyond its part; at most 2% may be" in words
 
 
 def test_a_model_with_fewer_ids_than_the_tokenizer(tiny, tmp_path):
@@ -238,3 +237,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
   assert max(folders) < step
   rows = train.metrics.read(train.files.path(str(tmp_path / "a")))
   assert max(row["step"] for row in rows) < step
+
+
+def test_other_text_than_the_checkpoint_was_trained_on(tiny, text, tmp_path):
+  mine = tmp_path / "mine.jsonl"
+  mine.write_text(pathlib.Path(text).read_text())
+  parts = (f"data.sources.0.source.path={mine}", "steps=4")
+  tiny(*parts).run(tmp_path / "a")
+  with mine.open("a") as file:
+    file.write('{"text": "one more document"}\n')
+  words = refusal(tiny(*parts, "steps=8"), tmp_path / "a")
+  assert "mine.jsonl" in words
+  assert "is not what step 4 was trained on" in words
+
+
+def test_several_processes_are_refused(tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert "2 processes: a run has one process" in refusal(tiny(), tmp_path / "a")

@@ -185,7 +185,7 @@ def no_moments(restored):
 
 
 def one_batch_off(restored):
-  data = {"next_batch": restored.data["next_batch"] + 1}
+  data = restored.data | {"next_batch": restored.data["next_batch"] + 1}
   return restored._replace(data=data)
 
 
@@ -213,7 +213,7 @@ def test_negative_control_a_wrong_step(tiny, whole, copy, tmp_path, monkeypatch)
   def wrong(self, step, folder, plan):
     older = read(self, 4, folder.parent / "00000004", plan)
     state = older.state._replace(step=older.state.step + 4)
-    return older._replace(state=state, step=8, data={"next_batch": 8})
+    return older._replace(state=state, step=8, data=older.data | {"next_batch": 8})
 
   monkeypatch.setattr(train.Store, "_read", wrong)
   got = resume(tiny, place, tmp_path / "order")

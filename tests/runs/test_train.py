@@ -66,7 +66,7 @@ def test_the_rows(done):
 def test_the_result_is_the_average(done):
   """Loaded back, the checkpoint's average is what the notebook gets."""
   folder = done.workdir / "checkpoints/00000012"
-  assert json.loads((folder / "data.json").read_text()) == {"next_batch": 12}
+  assert json.loads((folder / "data.json").read_text())["next_batch"] == 12
   leaves = hooks.leaves_of(folder)
   for name, leaf in named_leaves(done.params).items():
     np.testing.assert_array_equal(leaf, leaves[f"rest/ema/{name}"], strict=True)

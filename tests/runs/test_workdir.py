@@ -9,7 +9,7 @@ from etils import epath
 from jaxlm import config
 from jaxlm.errors import InputError
 from jaxlm.runs import workdir
-from jaxlm.runs.workdir import claim, explained
+from jaxlm.runs.workdir import claim, explained, held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +134,16 @@ def test_a_full_disk_is_explained_and_a_bug_is_not(tmp_path):
       raise OSError(28, "No space left on device")
   with pytest.raises(FileNotFoundError), explained(epath.Path(tmp_path)):
     (tmp_path / "none").read_text()
+
+
+def test_a_folder_is_held_by_one_process(place):
+  with (
+    held(place),
+    pytest.raises(InputError, match="another process is running in it"),
+    held(place),
+  ):
+    pass
+  with held(place):
+    pass
+  with pytest.raises(InputError, match="is remote"), held(epath.Path("gs://b/x")):
+    pass

@@ -223,7 +223,7 @@ def test_a_shorter_manifest_is_noticed(plan, opened, folder, harm):
   store, told = opened
   harm(folder / "00000002/manifest.json")
   assert store.restore(plan).step == 1
-  assert "manifest.json cannot be read" in told[0]
+  assert "manifest.json is not what was written" in told[0]
 
 
 def test_a_file_too_many_is_noticed(plan, opened, folder):
@@ -241,16 +241,35 @@ def test_without_a_manifest_a_step_is_no_checkpoint(plan, opened, folder):
   assert store.steps() == [1]
   assert store.restore(plan).step == 1
   assert told == []
-  store.discard_after(1)
-  assert [place.name for place in folder.iterdir()] == ["00000001"]
-
-
-def test_discarding_leaves_the_steps_up_to_one(folder, opened):
-  store, _ = opened
-  store.discard_after(2)
-  assert store.steps() == [1, 2]
-  store.discard_after(1)
+  store.clear(1)
+  kept, aside = sorted(place.name for place in folder.iterdir())
+  assert kept == "00000001"
+  assert aside.startswith("00000002.unused-")
+  assert (folder / aside / "arrays").exists()
+  assert [line.split(": ")[1][:12] for line in told] == ["not a whole ", "a save that "]
   assert store.steps() == [1]
+
+
+def test_clearing_leaves_the_steps_up_to_one(folder, opened):
+  store, told = opened
+  store.clear(2)
+  assert store.steps() == [1, 2]
+  assert told == []
+  store.clear(1)
+  assert store.steps() == [1]
+  assert len(list(folder.glob("00000002.unused-*/manifest.json"))) == 1
+
+
+def test_a_disk_that_does_not_read_is_no_damage(plan, opened, folder, monkeypatch):
+  def refuse(_):
+    raise PermissionError(13, "Permission denied", "00000002/arrays/d")
+
+  monkeypatch.setattr(checkpoints, "_hashes", refuse)
+  with pytest.raises(
+    InputError, match=r"arrays/d: cannot be read \(Permission denied\)"
+  ):
+    opened[0].restore(plan)
+  assert opened[1] == []
 
 
 def test_all_damaged(plan, opened, folder):
@@ -265,7 +284,7 @@ def test_all_damaged(plan, opened, folder):
 def test_no_checkpoint_at_all(plan, tmp_path):
   store = Store(epath.Path(tmp_path / "none"), Checkpoints(), "{}")
   assert store.restore(plan) is None
-  store.discard_after(0)
+  store.clear(0)
   store.close()
 
 
@@ -356,8 +375,8 @@ def test_a_step_counts_only_after_its_commit(plan, opened, monkeypatch):
 def test_a_step_that_stands_is_not_written_again(plan, opened, folder):
   store, _ = opened
   before = (folder / "00000002/manifest.json").read_bytes()
-  store.save(2, random_state(plan, 5), {})
-  store.wait()
+  with pytest.raises(InputError, match="00000002: a checkpoint stands here already"):
+    store.save(2, random_state(plan, 5), {})
   assert (folder / "00000002/manifest.json").read_bytes() == before
 
 

@@ -62,7 +62,7 @@ class Run:
 
   def train(self, start=0, **fields):
     cadence = {"steps": 6, "log": 1, "evaluate": 4, "save": 3, "tokens": 8}
-    parts = loop.Parts(self.step, self.batches, self.evaluate, self, self)
+    parts = loop.Parts(self.step, self.batches, self.evaluate, self, self, "rows")
     return loop.train(parts, loop.Cadence(**{**cadence, **fields}), start, start)
 
   def seen(self, *kinds):
@@ -187,7 +187,15 @@ def test_nor_is_it_saved_on_an_interrupt():
 def test_a_gradient_that_is_not_finite():
   with pytest.raises(InputError, match=r"step 5: grad_norm is inf.*new --workdir"):
     faults.require_finite(5, {"loss": 1.0, "grad_norm": math.inf})
-  faults.require_finite(5, {"loss": 1.0, "grad_norm": 1.0, "other": math.nan})
+  faults.require_finite(5, {"loss": 1.0, "grad_norm": 1.0})
+
+
+def test_a_score_that_is_not_finite_is_not_saved():
+  run = Run()
+  run.evaluate = lambda state: {"held_out/nll": math.nan}
+  with pytest.raises(InputError, match="step 4: held_out/nll is nan"):
+    run.train()
+  assert run.seen("save") == [("save", 3)]
 
 
 def test_the_clock_counts_between_reports_and_not_what_lies_between(monkeypatch):
