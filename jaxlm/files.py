@@ -16,6 +16,7 @@ from etils import epath
 from jaxlm.errors import InputError
 
 PACKAGE = "jaxlm://"
+GLOB = "*?["
 Pathlike = str | epath.Path
 
 
@@ -39,10 +40,14 @@ def find(pattern: Pathlike, field: str) -> list[epath.Path]:
     InputError: none exists; the message names `field`.
   """
   place = path(pattern)
-  if any(mark in place.name for mark in "*?["):
-    found = sorted(place.parent.glob(place.name))
+  fixed = place
+  while any(mark in str(fixed) for mark in GLOB):
+    fixed = fixed.parent
+  if fixed == place:
+    found = [place]
   else:
-    found = [place] if place.exists() and not place.is_dir() else []
+    found = sorted(fixed.glob(str(place.relative_to(fixed))))
+  found = [file for file in found if file.exists() and not file.is_dir()]
   if not found:
     raise InputError(
       f"{field}: no file at {str(pattern)!r} (looked for {place}). Give an existing "
@@ -99,17 +104,7 @@ def write_atomic(file: epath.Path, data: str | bytes) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def read_jsonl(file: epath.Path) -> Iterator[Any]:
-  """Yields the value of each line.
-
-  Raises:
-    InputError: a line that is not JSON, with its number.
-  """
-  for _, value in read_numbered_jsonl(file):
-    yield value
-
-
-def read_numbered_jsonl(file: epath.Path) -> Iterator[tuple[int, Any]]:
+def read_jsonl(file: epath.Path) -> Iterator[tuple[int, Any]]:
   """Yields (line number from 1, value) of each line that is not blank.
 
   Raises:

@@ -47,6 +47,14 @@ def test_compression_goes_by_the_name(folder, suffix):
       files.read_bytes(file)
 
 
+def test_a_pattern_may_stand_in_a_folder_and_names_files_alone(folder):
+  for name in ("a/x.txt", "b/x.txt", "c/x.txt/y"):
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("x")
+  found = files.find(folder / "*/x.txt", "f")
+  assert found == [folder / "a/x.txt", folder / "b/x.txt"]
+
+
 def test_text_that_is_not_utf_8_names_the_byte(folder):
   file = folder / "x.txt"
   file.write_bytes(b"abc\xff")
@@ -57,8 +65,7 @@ def test_text_that_is_not_utf_8_names_the_byte(folder):
 def test_json_lines(folder):
   file = folder / "x.jsonl"
   file.write_text('{"a": 1}\n\n[2]\n')
-  assert list(files.read_jsonl(file)) == [{"a": 1}, [2]]
-  assert list(files.read_numbered_jsonl(file)) == [(1, {"a": 1}), (3, [2])]
+  assert list(files.read_jsonl(file)) == [(1, {"a": 1}), (3, [2])]
   file.write_text('{"a": 1}\n{"a"')
   with pytest.raises(InputError, match=r"x\.jsonl, line 2: not JSON"):
     list(files.read_jsonl(file))

@@ -140,7 +140,7 @@ def _read_text(source: Text, file: epath.Path) -> Iterator[Document]:
 
 
 def _read_jsonl(source: Jsonl, file: epath.Path) -> Iterator[Document]:
-  for number, row in files.read_numbered_jsonl(file):
+  for number, row in files.read_jsonl(file):
     where = f"{file}, line {number}"
     yield Document(where=where, content=_text_of(row, source.field, where))
 

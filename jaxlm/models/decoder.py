@@ -4,7 +4,6 @@ Each spec type stands in one table with the module that runs it; a new mixer is 
 and one row.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -246,8 +245,3 @@ def axes_of(boxed: PyTree) -> PyTree:
   """Returns the same tree with each leaf's logical axes as a tuple of names."""
   is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
   return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
-
-
-def count_leaves(params: PyTree) -> int:
-  """Returns the number of parameters."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

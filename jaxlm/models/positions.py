@@ -19,7 +19,7 @@ def rope_frequencies(rope: RoPE, head_dim: int) -> tuple[np.ndarray, float]:
   Sources: Chen et al. 2023 (linear), bloc97 2023 (NTK-aware), Peng et al. 2023 (YaRN),
   the Llama 3.1 release (its wavelength bands).
   """
-  dims = int(head_dim * rope.fraction) // 2 * 2
+  dims = int(head_dim * rope.fraction)
   base = rope.base
   if isinstance(rope.scaling, NTKScaling):
     base *= rope.scaling.factor ** (dims / (dims - 2))

@@ -154,6 +154,17 @@ class GQA:
     _require(
       self.window is None or self.window >= 1, f"window: {self.window} is under 1."
     )
+    if isinstance(self.positions, RoPE):
+      turned = int(self.head_dim * self.positions.fraction)
+      _require(
+        turned >= 2 and turned % 2 == 0,
+        f"positions.fraction: of head_dim {self.head_dim} it turns {turned} dims, and "
+        "that must be an even number from 2.",
+      )
+      _require(
+        turned > 2 or not isinstance(self.positions.scaling, NTKScaling),
+        "positions.scaling: NTKScaling needs more than 2 turned dims.",
+      )
 
 
 Mixer = GQA
@@ -231,6 +242,10 @@ class LM:
       value = getattr(self, field)
       _require(value >= 1, f"model.{field}: {value} is not positive.")
     _require(len(self.pattern) >= 1, "model.pattern: needs at least one block.")
+    _require(
+      self.dim % 2 == 0 or not isinstance(self.positions, Sinusoidal),
+      f"model.dim: {self.dim} is odd; Sinusoidal positions need an even one.",
+    )
 
   @property
   def blocks(self) -> tuple[Block, ...]:

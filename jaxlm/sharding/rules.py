@@ -13,14 +13,13 @@ from jaxlm.sharding.mesh import AXES
 from jaxlm.trees import named_leaves
 
 Axes = tuple[str, ...]
-BATCH_AXES = ("data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
   """For each logical axis the mesh axes that split it; () keeps it whole."""
 
-  batch: Axes = BATCH_AXES
+  batch: Axes = ("data", "fsdp")
   """Rows of activations and of the input."""
   sequence: Axes = ("context",)
   """Positions of activations."""

@@ -89,10 +89,11 @@ def build(schedule: Schedule, steps: int) -> Rate:
     raise InputError(
       f"optimizer.lr.warmup: {schedule.warmup} is not within the run's {steps} steps."
     )
-  for field in ("decay", "final"):
-    share = vars(schedule).get(field, 0.0)
-    if not 0 <= share <= 1:
+  for field, share in vars(schedule).items():
+    if field in ("decay", "final") and not 0 <= share <= 1:
       raise InputError(f"optimizer.lr.{field}: {share} is not a share, from 0 to 1.")
+  if schedule.peak <= 0:
+    raise InputError(f"optimizer.lr.peak: {schedule.peak} is not positive.")
   match schedule:
     case Constant():
       after = optax.constant_schedule(1.0)

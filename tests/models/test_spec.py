@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.models.spec import GLU, GQA, LM, Block, RoPE
+from jaxlm.models.spec import GLU, GQA, LM, Block, NTKScaling, RoPE
 
 BLOCK = Block(mixer=GQA(heads=4, kv_heads=2, head_dim=8), mlp=GLU(hidden=8))
 
@@ -43,3 +43,16 @@ def test_specs_and_counts_need_no_jax():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert done.stdout == "8030261248 False\n"
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "rope"),
+  [
+    (7, RoPE()),
+    (8, RoPE(fraction=0.1)),
+    (2, RoPE(scaling=NTKScaling(factor=2.0))),
+  ],
+)
+def test_rotary_dims_come_in_pairs(head_dim, rope):
+  with pytest.raises(InputError, match=r"positions\.(fraction|scaling): "):
+    GQA(heads=2, kv_heads=1, head_dim=head_dim, positions=rope)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm.errors import InputError
 from jaxlm.models import count
-from jaxlm.models.decoder import count_leaves, init
+from jaxlm.models.decoder import init
 from jaxlm.models.families.llama import Size, llama
 from models.specs import decoder
 
@@ -41,9 +41,10 @@ def test_every_size_is_listed():
 def test_the_number_of_parameters_is_the_published_one(size):
   spec = llama(size)
   shapes = jax.eval_shape(lambda key: init(decoder(spec), key), jax.random.key(0))
-  assert count_leaves(shapes) == count.parameters(spec).total
+  total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert total == count.parameters(spec).total
   if PUBLISHED[size] is not None:
-    assert count_leaves(shapes) == PUBLISHED[size]
+    assert total == PUBLISHED[size]
 
 
 def test_the_vocabulary_can_be_replaced():
