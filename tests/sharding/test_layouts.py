@@ -34,6 +34,7 @@ MESHES = {
   "data 2 x fsdp 4": Mesh(data=2, fsdp=4),
   "fsdp 4 x tensor 2": Mesh(fsdp=4, tensor=2),
   "data 2 x fsdp 2 x tensor 2": Mesh(data=2, fsdp=2, tensor=2),
+  "fsdp 2 x context 2 x tensor 2": Mesh(fsdp=2, context=2, tensor=2),
 }
 BLOCK = Block(mixer=GQA(heads=16, kv_heads=8, head_dim=4), mlp=GLU(hidden=128))
 MODELS = {
@@ -114,7 +115,9 @@ def run(model: str, mesh: Mesh, devices: int) -> Seen:
   for name, leaf in named_leaves(state.params).items():
     assert leaf.sharding == named_leaves(plan.shardings.params)[name], name
   first = named_leaves(jax.device_get(state.params))
-  state, metrics = compiled(state, placer(layout.sharding("batch"), SHAPE)(rows))
+  state, metrics = compiled(
+    state, placer(layout.sharding("batch", "sequence"), SHAPE)(rows)
+  )
   state, metrics = jax.device_get((state, metrics))
   kept = named_leaves(state.opt_state[0].grads)
   return Seen(first, float(metrics["loss"]), kept, named_leaves(state.params))
