@@ -4,10 +4,12 @@ jaxlm --config=configs/llama3.py:size=8b,seq_len=4096 --workdir=/tmp/run
     --config.optimizer.lr.peak=1e-4 --config.mesh.tensor=8
 """
 
+import inspect
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -61,6 +63,20 @@ def _help() -> str:
   return "\n".join([__doc__ or "", *wrapped])
 
 
+def _start(cfg: Any) -> None:
+  """Calls run(workdir), or run() of a config that keeps nothing in a workdir."""
+  if not hasattr(cfg, "run"):
+    raise InputError(f"{_CONFIG.value}: {type(cfg).__name__} has no run(workdir)")
+  takes = list(inspect.signature(cfg.run).parameters)
+  if takes and not _WORKDIR.value:
+    raise InputError("--workdir=FOLDER is required, or --explain to see the config")
+  if _WORKDIR.value and not takes:
+    raise InputError(
+      f"--workdir: {type(cfg).__name__} keeps nothing there; leave it out"
+    )
+  cfg.run(*[_WORKDIR.value] * len(takes))
+
+
 def main() -> None:
   """The console command; exits with 2 on bad input and 130 on an interrupt."""
   overrides: list[str] = []
@@ -76,17 +92,13 @@ def main() -> None:
   def run(argv: Sequence[str]) -> None:
     if argv[1:]:
       raise InputError(f"not a flag: {' '.join(argv[1:])}; see --help")
-    if not (_WORKDIR.value or _EXPLAIN.value):
-      raise InputError("--workdir=FOLDER is required, or --explain to see the config")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # absl's own default tells INFO
     cfg = config.override(config.load(_CONFIG.value), overrides)
     if _EXPLAIN.value:
       print(config.explain(cfg))
-    elif hasattr(cfg, "run"):
-      cfg.run(_WORKDIR.value)
     else:
-      raise InputError(f"{_CONFIG.value}: {type(cfg).__name__} has no run(workdir)")
+      _start(cfg)
 
   try:
     app.run(run, flags_parser=parse)

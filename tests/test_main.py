@@ -44,6 +44,16 @@ class Printer:
     return {"loss": 1.0}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bare:
+  """Keeps nothing in a workdir."""
+
+  steps: int = 1
+
+  def run(self):
+    print(f"bare {self.steps}")
+
+
 FILE = """
 from test_main import Printer, Silent
 def get_config(steps: int = 1): return Printer(steps=steps)
@@ -119,6 +129,17 @@ def test_what_else_is_missing(call, tmp_path):
   (tmp_path / "x.py").write_text(FILE.replace("Printer(steps=steps)", "Silent()"))
   code, _, err = call("--config=x.py", "--workdir=w")
   assert (code, err) == (2, "error: x.py: Silent has no run(workdir)\n")
+
+
+def test_a_run_that_keeps_nothing_takes_no_workdir(call, tmp_path):
+  text = FILE.replace("Printer, Silent", "Bare").replace("Printer(", "Bare(")
+  (tmp_path / "x.py").write_text(text)
+  assert call("--config=x.py:steps=4")[:2] == (0, "bare 4\n")
+  code, _, err = call("--config=x.py", "--workdir=w")
+  assert (code, err) == (
+    2,
+    "error: --workdir: Bare keeps nothing there; leave it out\n",
+  )
   assert call("--config=x.py", "--explain")[0] == 0
 
 

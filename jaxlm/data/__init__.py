@@ -3,7 +3,11 @@
 Read in this order, which is the order the data flows:
 
   sources.py     where documents come from: text, JSON lines, ArrayRecord, token ids
-  tokenizers.py  bytes and SentencePiece behind one protocol, both lossless
+  tokenizers.py  all tokenizers behind one protocol, each of them lossless: bytes,
+                 sentencepieces.py (given or trained) and pretrained.py (those of
+                 published models); pieces.py has the bytes of their ids, controls.py
+                 what the files beside them say of bos, eos and templates
+  chat.py        messages to text and ids, by a model's own template
   packing.py     documents cut and fitted into rows; rows into training examples
   rows.py        packed rows in files, mapped into memory
   report.py      what a corpus holds, in numbers

@@ -23,7 +23,9 @@ import xxhash
 from etils import epath
 
 from jaxlm import files
-from jaxlm.data import report, rows, sources, tokenizers
+from jaxlm.data import pretrained, report, rows, sentencepieces, sources, tokenizers
+from jaxlm.data.pretrained import Pretrained
+from jaxlm.data.sentencepieces import SentencePiece
 from jaxlm.errors import InputError
 
 # Written into every cache's name: raise it when the same input gives other rows.
@@ -55,7 +57,7 @@ class Data:
 
   sources: tuple[Weighted, ...]
   """What to read; each is repeated and reshuffled as often as the run needs."""
-  tokenizer: tokenizers.Bytes | tokenizers.SentencePiece
+  tokenizer: tokenizers.Spec
   """How text becomes ids."""
   seq_len: int
   """Inputs of a row, T."""
@@ -88,7 +90,7 @@ class Data:
     if not 0 <= self.seed < 2**32:
       raise InputError(f"data.seed: {self.seed} is not in 0 <= seed < 2^32.")
     spec = self.tokenizer
-    if isinstance(spec, tokenizers.SentencePiece) and spec.model is None:
+    if isinstance(spec, SentencePiece) and spec.model is None:
       for index, weighted in enumerate(self.sources):
         if isinstance(weighted.source, sources.TokenIds):
           raise InputError(
@@ -177,11 +179,16 @@ def _fingerprint(data: Data) -> str:
     sources.find(weighted.source, f"data.sources.{index}.source")
     for index, weighted in enumerate(data.sources)
   ]
-  if isinstance(data.tokenizer, tokenizers.SentencePiece):
+  if isinstance(data.tokenizer, SentencePiece):
     if data.tokenizer.model is None:
       facts["trainer"] = sentencepiece.__version__
     else:
-      found.append([tokenizers.model_file(data.tokenizer.model)])
+      found.append([sentencepieces.model_file(data.tokenizer.model)])
+  elif isinstance(data.tokenizer, Pretrained):
+    group = pretrained.files_of(data.tokenizer.path, "data.tokenizer.path")
+    # The same files in another folder make the same rows.
+    facts["tokenizer"] = ["Pretrained", data.tokenizer.vocab, [f.name for f in group]]
+    found.append(group)
   facts["files"] = [[_hash_file(file) for file in group] for group in found]
   return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
@@ -279,7 +286,7 @@ def _scan(data: Data) -> tuple[list[str], int]:
   all files, whatever their order.
   """
   spec, limit = data.tokenizer, 0
-  if isinstance(spec, tokenizers.SentencePiece) and spec.model is None:
+  if isinstance(spec, SentencePiece) and spec.model is None:
     limit = spec.train_bytes
   counts = dict.fromkeys(_halves(data), 0)
   sample: list[tuple[int, int, bytes]] = []

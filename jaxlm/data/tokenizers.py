@@ -1,31 +1,21 @@
-"""Text to token ids and back, losslessly: bytes and SentencePiece.
+"""Text to token ids and back, losslessly: bytes, SentencePiece, pretrained ones.
 
 An id stands for a fixed byte string (a special for none), and the byte strings of an
 encoded text join to that text. Bits per byte rests on it: see `check_round_trip`.
 """
 
 import dataclasses
-import io
-import re
-from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
-import sentencepiece
-import xxhash
 from etils import epath
 
 from jaxlm import files
+from jaxlm.data import controls, pieces, pretrained, sentencepieces
+from jaxlm.data.pretrained import JsonTokenizer, Pretrained
+from jaxlm.data.sentencepieces import SentencePiece, SentencePieceTokenizer
 from jaxlm.errors import InputError
-
-MODEL_FILE = "tokenizer.model"
-
-# SentencePiece writes a space as this letter, so the letter itself must go by bytes.
-_SPACE = "\u2581"
-_LINE_CHARS = 4096
-_QUIET = 2
-# Threads add up counts in their own order: another number is another model.
-_TRAINING_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,29 +28,7 @@ class Bytes:
     return 258
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SentencePiece:
-  """A SentencePiece model, given as a file or trained on the run's training text."""
-
-  model: str | None = None
-  """A model file; None trains one, which is saved with the run."""
-  vocab: int = 4096
-  """Number of ids, specials included; a given model must have exactly so many."""
-  kind: Literal["bpe", "unigram"] = "unigram"
-  """How to train: unigram makes fewer tokens, BPE trains ten times faster."""
-  train_bytes: int = 10_000_000
-  """Train on a sample of about so many bytes of the training documents."""
-
-  def __post_init__(self):
-    if self.vocab < 1:
-      raise InputError(f"data.tokenizer.vocab: {self.vocab} is not at least 1.")
-    if self.train_bytes < 1:
-      raise InputError(
-        f"data.tokenizer.train_bytes: {self.train_bytes} is not at least 1."
-      )
-
-
-Spec = Bytes | SentencePiece
+Spec = Bytes | SentencePiece | Pretrained
 
 
 class Tokenizer(Protocol):
@@ -68,12 +36,12 @@ class Tokenizer(Protocol):
 
   @property
   def vocab(self) -> int:
-    """Number of ids, specials included."""
+    """Number of ids, specials and padding included."""
     ...
 
   @property
   def bos(self) -> int:
-    """The id that begins a document."""
+    """The id that begins a document; a tokenizer without one repeats an end token."""
     ...
 
   @property
@@ -81,8 +49,56 @@ class Tokenizer(Protocol):
     """The id that ends a document."""
     ...
 
+  @property
+  def bos_token(self) -> str:
+    """What chat templates write for bos; "" where the tokenizer has none."""
+    ...
+
+  @property
+  def eos_token(self) -> str:
+    """What chat templates write for eos; "" where it has no text."""
+    ...
+
+  @property
+  def stops(self) -> frozenset[int]:
+    """All ids that end a text or a turn, eos among them."""
+    ...
+
+  @property
+  def specials(self) -> Mapping[str, int]:
+    """The control tokens by their text."""
+    ...
+
+  @property
+  def add_bos(self) -> bool:
+    """Whether a text is to be started with bos, as the model was trained."""
+    ...
+
+  @property
+  def adds_space(self) -> bool:
+    """Whether ids hold a space in front of each text, which `decode` takes off."""
+    ...
+
+  @property
+  def chat_template(self) -> str | None:
+    """The Jinja template of a chat: see `chat.py`."""
+    ...
+
+  @property
+  def pieces(self) -> Sequence[bytes]:
+    """The bytes that each id stands for, [vocab]; none for a special.
+
+    A text that goes on, such as a stream, is the join of them: `decode` takes its ids
+    for a whole text, and takes a leading space off where `adds_space`.
+    """
+    ...
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, never a special: "</s>" is four letters."""
+    ...
+
+  def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+    """Returns the ids of one text that is given as words and the ids between them."""
     ...
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -97,6 +113,10 @@ class Tokenizer(Protocol):
     """Returns a hash that differs where any text could be encoded differently."""
     ...
 
+  def save(self, folder: epath.Path) -> None:
+    """Writes the files that `load` needs."""
+    ...
+
 
 class ByteTokenizer:
   """The ids 0 to 255 are bytes, 256 begins a document and 257 ends it."""
@@ -104,109 +124,56 @@ class ByteTokenizer:
   vocab = 258
   bos = 256
   eos = 257
+  bos_token = eos_token = ""
+  stops = frozenset({257})
+  specials: Mapping[str, int] = {}
+  add_bos = True
+  adds_space = False
+  chat_template: str | None = None
+  pieces: Sequence[bytes] = (*(bytes([value]) for value in range(256)), b"", b"")
 
   def encode(self, text: str) -> list[int]:
     """See `Tokenizer`."""
     return list(text.encode())
 
+  def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+    """See `Tokenizer`."""
+    ids: list[int] = []
+    for part in parts:
+      ids += [part] if isinstance(part, int) else part.encode()
+    return ids
+
   def decode(self, ids: Sequence[int]) -> str:
     """See `Tokenizer`."""
-    return _join(_BYTES, ids)
+    return pieces.join(self.pieces, ids)
 
   def byte_lengths(self) -> np.ndarray:
     """See `Tokenizer`."""
-    return _lengths(_BYTES)
+    return pieces.lengths(self.pieces)
 
   def fingerprint(self) -> str:
     """See `Tokenizer`."""
     return "bytes"
 
-
-_BYTES = [bytes([value]) for value in range(256)] + [b"", b""]
-
-
-class SentencePieceTokenizer:
-  """A SentencePiece model, with its ids spelt out as byte strings."""
-
-  def __init__(self, model: bytes, name: str):
-    """Reads a serialized model; `name` is the file that errors should name.
-
-    Raises:
-      InputError: not a SentencePiece model, or one without bos and eos.
-    """
-    self.model = model
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-      raise InputError(f"{name}: not a SentencePiece model ({error})") from error
-    self.vocab = self._processor.vocab_size()
-    self.bos = self._processor.bos_id()
-    self.eos = self._processor.eos_id()
-    if min(self.bos, self.eos) < 0:
-      raise InputError(
-        f"{name}: the model has bos id {self.bos} and eos id {self.eos}; both are "
-        "needed to tell documents apart. Train it with --bos_id and --eos_id."
-      )
-    self._pieces = [self._bytes_of(index) for index in range(self.vocab)]
-    self._letter = [
-      self._processor.piece_to_id(f"<0x{value:02X}>") for value in _SPACE.encode()
-    ]
-
-  def _bytes_of(self, index: int) -> bytes:
-    processor = self._processor
-    if processor.is_control(index) or processor.is_unknown(index):
-      return b""
-    piece = processor.id_to_piece(index)
-    if processor.is_byte(index):
-      return bytes([int(piece[3:5], 16)])
-    return piece.replace(_SPACE, " ").encode()
-
-  def encode(self, text: str) -> list[int]:
-    """See `Tokenizer`."""
-    first, *rest = text.split(_SPACE)
-    ids = self._processor.encode(first)
-    for part in rest:
-      ids += self._letter + self._processor.encode(part)
-    return ids
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """See `Tokenizer`."""
-    return _join(self._pieces, ids)
-
-  def byte_lengths(self) -> np.ndarray:
-    """See `Tokenizer`."""
-    return _lengths(self._pieces)
-
-  def fingerprint(self) -> str:
-    """See `Tokenizer`."""
-    return xxhash.xxh3_128_hexdigest(self.model)
-
-
-def _join(pieces: list[bytes], ids: Sequence[int]) -> str:
-  try:
-    return b"".join([pieces[index] for index in ids]).decode(errors="replace")
-  except IndexError as error:
-    raise InputError(
-      f"cannot decode the token id {max(ids)}: the tokenizer has {len(pieces)} ids"
-    ) from error
-
-
-def _lengths(pieces: list[bytes]) -> np.ndarray:
-  return np.array([len(piece) for piece in pieces], np.int32)
+  def save(self, folder: epath.Path) -> None:
+    """Bytes need no file."""
 
 
 def build(spec: Spec, texts: Iterable[str]) -> Tokenizer:
   """Returns the tokenizer of a spec; `texts` are read only where one is trained.
 
   Raises:
-    InputError: the model file is missing, broken or of another size, or the texts do
-      not allow `vocab` ids.
+    InputError: the files are missing, broken or of another size, or the texts do not
+      allow `vocab` ids.
   """
   if isinstance(spec, Bytes):
     return ByteTokenizer()
+  if isinstance(spec, Pretrained):
+    return read(spec.path, spec.vocab, "data.tokenizer.path")
   if spec.model is None:
-    return SentencePieceTokenizer(_train(spec, texts), MODEL_FILE)
-  file = model_file(spec.model)
+    model = sentencepieces.train(spec, texts)
+    return SentencePieceTokenizer(model, sentencepieces.MODEL_FILE)
+  file = sentencepieces.model_file(spec.model)
   tokenizer = SentencePieceTokenizer(file.read_bytes(), str(file))
   if tokenizer.vocab != spec.vocab:
     raise InputError(
@@ -216,15 +183,31 @@ def build(spec: Spec, texts: Iterable[str]) -> Tokenizer:
   return tokenizer
 
 
-def model_file(model: str) -> epath.Path:
-  """Returns the one file that `SentencePiece.model` names."""
-  return files.find(model, "data.tokenizer.model")[0]
+def read(folder: files.Pathlike, vocab: int | None, field: str) -> Tokenizer:
+  """Returns the tokenizer of a pretrained model's folder.
+
+  Args:
+    folder: what `Pretrained.path` describes.
+    vocab: ids, the tokenizer's own or more; None: as many as it has.
+    field: what errors about the folder should name.
+
+  Raises:
+    InputError: files are missing or broken, or the tokenizer has more ids.
+  """
+  file = pretrained.tokenizer_file(folder, field)
+  found, name = controls.read(file.parent), str(file)
+  if file.name == pretrained.JSON_FILE:
+    return JsonTokenizer(files.read_text(file), name, controls=found, vocab=vocab)
+  return SentencePieceTokenizer(file.read_bytes(), name, controls=found, vocab=vocab)
 
 
 def save(tokenizer: Tokenizer, directory: files.Pathlike) -> None:
-  """Writes `tokenizer.model`; bytes need no file."""
-  if isinstance(tokenizer, SentencePieceTokenizer):
-    files.write_atomic(files.path(directory) / MODEL_FILE, tokenizer.model)
+  """Writes the files that `load` needs: `tokenizer.model` or `tokenizer.json`.
+
+  Beside it stands `tokenizer_config.json` where the tokenizer was read with one; such
+  a directory can be given as `Pretrained.path`.
+  """
+  tokenizer.save(files.path(directory))
 
 
 def load(spec: Spec, directory: files.Pathlike) -> Tokenizer:
@@ -235,8 +218,22 @@ def load(spec: Spec, directory: files.Pathlike) -> Tokenizer:
   """
   if isinstance(spec, Bytes):
     return ByteTokenizer()
-  file = files.find(files.path(directory) / MODEL_FILE, "tokenizer")[0]
+  if isinstance(spec, Pretrained):
+    return read(directory, spec.vocab, "tokenizer")
+  name = files.path(directory) / sentencepieces.MODEL_FILE
+  file = files.find(name, "tokenizer")[0]
   return SentencePieceTokenizer(file.read_bytes(), str(file))
+
+
+def notes(tokenizer: Tokenizer) -> list[str]:
+  """Returns what a run should say of a tokenizer: each a line."""
+  said = []
+  if tokenizer.specials and not tokenizer.bos_token:
+    token = next((t for t, i in tokenizer.specials.items() if i == tokenizer.bos), "")
+    said.append(f"no bos of its own: documents begin with id {tokenizer.bos} {token}")
+  if tokenizer.adds_space:
+    said.append("a space in front of each text is among its ids, and decodes to none")
+  return said
 
 
 def check_round_trip(
@@ -244,8 +241,8 @@ def check_round_trip(
 ) -> None:
   """Raises InputError where ids do not decode to the text they were made of.
 
-  A model that was trained elsewhere may fold letters or spaces, add a space in front,
-  or lack a letter. Then bytes are not predicted at all and bits per byte is wrong.
+  A tokenizer that was trained elsewhere may fold letters or spaces, or lack a letter.
+  Then bytes are not predicted at all and bits per byte is wrong.
   """
   back = tokenizer.decode(ids)
   if back == text:
@@ -255,44 +252,8 @@ def check_round_trip(
     min(len(text), len(back)),
   )
   raise InputError(
-    f"data.tokenizer.model: the tokenizer is lossy: {where}, letter {at}: "
-    f"{text[at : at + 20]!r} came back as {back[at : at + 20]!r}. Use a model with "
-    "identity normalization, no dummy prefix, all spaces kept and byte fallback, or "
-    "leave data.tokenizer.model=none to train one."
+    f"data.tokenizer: the tokenizer is lossy: {where}, letter {at}: "
+    f"{text[at : at + 20]!r} came back as {back[at : at + 20]!r}. Give texts that it "
+    "keeps (such as text in NFC), a tokenizer without normalization, with all spaces "
+    "kept and a fallback to bytes, or train one: data.tokenizer=SentencePiece."
   )
-
-
-def _train(spec: SentencePiece, texts: Iterable[str]) -> bytes:
-  """Returns the bytes of a model that keeps every byte of every text."""
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_lines(texts),
-      model_writer=model,
-      model_type=spec.kind,
-      vocab_size=spec.vocab,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      byte_fallback=True,
-      character_coverage=0.9999,
-      user_defined_symbols=["\n", "\n\n", "\t"],
-      max_sentence_length=8 * _LINE_CHARS,
-      num_threads=_TRAINING_THREADS,
-      minloglevel=_QUIET,
-    )
-  except RuntimeError as error:
-    raise InputError(
-      f"data.tokenizer.vocab: cannot train {spec.vocab} {spec.kind} pieces on the "
-      f"training text: {str(error).rpartition('] ')[2]}"
-    ) from error
-  return model.getvalue()
-
-
-def _lines(texts: Iterable[str]) -> Iterable[str]:
-  """Yields lines without what never is part of a learnt piece, cut to a bound."""
-  for text in texts:
-    for line in re.split(f"[\n{_SPACE}]", text):
-      for start in range(0, len(line), _LINE_CHARS):
-        yield line[start : start + _LINE_CHARS]

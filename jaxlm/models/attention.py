@@ -52,8 +52,8 @@ class Attention(nn.Module):
     k_BTGK = self._heads("k", x_BTD, (D, G, K), ("embed", "kv_heads", "head_dim"))
     v_BTGK = self._heads("v", x_BTD, (D, G, K), ("embed", "kv_heads", "head_dim"))
     if self.spec.qk_norm is not None:
-      q_BTHK = Norm(self.spec.qk_norm, self.precision, name="q_norm")(q_BTHK)
-      k_BTGK = Norm(self.spec.qk_norm, self.precision, name="k_norm")(k_BTGK)
+      q_BTHK = self._qk_norm("q_norm", self.spec.qk_norm, q_BTHK)
+      k_BTGK = self._qk_norm("k_norm", self.spec.qk_norm, k_BTGK)
     if isinstance(self.spec.positions, specs.RoPE):
       frequencies, magnitude = rope_frequencies(self.spec.positions, K)
       q_BTHK = rotate(q_BTHK, positions_BT, frequencies, magnitude=magnitude)
@@ -81,6 +81,13 @@ class Attention(nn.Module):
         None, None
       ]
     return self.layout.constrain(y, "batch", "sequence", axes[1], "head_dim")
+
+  def _qk_norm(self, name: str, norm: specs.Norm, x_BTHK: Array) -> Array:
+    apply = Norm(norm, self.precision, name=name)
+    if self.spec.qk_norm_span == "head":
+      return apply(x_BTHK)
+    B, T, H, K = x_BTHK.shape
+    return apply(x_BTHK.reshape(B, T, H * K)).reshape(B, T, H, K)
 
   def _output(self, out_BTHK: Array, dim: int) -> Array:
     shape = (*out_BTHK.shape[2:], dim)

@@ -44,7 +44,8 @@ def parameters(model: spec.LM) -> Parameters:
     mixers=sum(_mixer(block.mixer, model.dim) for block in blocks),
     mlps=sum(_mlp(block.mlp, model.dim) for block in blocks),
     norms=sum(_norms(block, model.dim) for block in blocks)
-    + _norm(model.final_norm, model.dim),
+    + _norm(model.final_norm, model.dim)
+    + _norm(model.embed_norm, model.dim),
     head=model.vocab * model.dim if model.head == "untied" else 0,
   )
 
@@ -58,9 +59,9 @@ def _norm(norm: spec.Norm | None, dim: int) -> int:
 def _norms(block: spec.Block, dim: int) -> int:
   each = 2 if block.placement == "sandwich" else 1
   places = each * (1 if block.mlp is None else 2)
-  return places * _norm(block.norm, dim) + 2 * _norm(
-    block.mixer.qk_norm, block.mixer.head_dim
-  )
+  mixer = block.mixer
+  heads = mixer.heads + mixer.kv_heads if mixer.qk_norm_span == "heads" else 2
+  return places * _norm(block.norm, dim) + heads * _norm(mixer.qk_norm, mixer.head_dim)
 
 
 def _mixer(mixer: spec.Mixer, dim: int) -> int:

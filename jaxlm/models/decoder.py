@@ -147,6 +147,8 @@ class Embed(nn.Module):
         x_BTD += lookup(learned, positions_BT, dtypes.compute)
       case specs.Sinusoidal(base=base):
         x_BTD += sinusoids(positions_BT, dim, base).astype(x_BTD.dtype)
+    if self.spec.embed_norm is not None:
+      x_BTD = Norm(self.spec.embed_norm, dtypes, name="norm")(x_BTD)
     return self.layout.constrain(x_BTD, "batch", "sequence", "residual")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxlm.models.spec import (
   LinearScaling,
   Llama3Scaling,
+  LongScaling,
   NTKScaling,
   RoPE,
   YaRNScaling,
@@ -17,7 +18,7 @@ def rope_frequencies(rope: RoPE, head_dim: int) -> tuple[np.ndarray, float]:
   """Returns radians a position for each rotated pair, and the magnitude.
 
   Sources: Chen et al. 2023 (linear), bloc97 2023 (NTK-aware), Peng et al. 2023 (YaRN),
-  the Llama 3.1 release (its wavelength bands).
+  the Llama 3.1 release (its wavelength bands), Ding et al. 2024 (LongRoPE).
   """
   dims = int(head_dim * rope.fraction)
   base = rope.base
@@ -31,6 +32,9 @@ def rope_frequencies(rope: RoPE, head_dim: int) -> tuple[np.ndarray, float]:
       return _yarn(plain, yarn, base, dims)
     case Llama3Scaling() as llama:
       return _llama3(plain, llama), 1.0
+    case LongScaling() as long:
+      extended = long.length > long.original_length
+      return plain / np.asarray(long.long if extended else long.short), long.magnitude
     case _:
       return plain, 1.0
 

@@ -60,7 +60,27 @@ class Llama3Scaling:
   """Wavelengths under original_length / this are kept."""
 
 
-Scaling = LinearScaling | NTKScaling | YaRNScaling | Llama3Scaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongScaling:
+  """Each pair's frequency divided by a factor of its own (LongRoPE, Ding et al. 2024).
+
+  Which list is used depends on `length` alone and not on the input, so that a cached
+  key stays right while a text grows.
+  """
+
+  short: tuple[float, ...]
+  """Divisors of each rotated pair where the context fits the original length."""
+  long: tuple[float, ...]
+  """Divisors of each rotated pair beyond it."""
+  original_length: int
+  """Context length before the extension, in tokens."""
+  length: int
+  """Context length that the model is used with, in tokens."""
+  magnitude: float
+  """Factor on sine and cosine."""
+
+
+Scaling = LinearScaling | NTKScaling | YaRNScaling | Llama3Scaling | LongScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +159,9 @@ class GQA:
   softcap: float | None = None
   """Scores are bounded to this by tanh."""
   qk_norm: Norm | None = None
-  """Norm over each head of queries and keys, before positions."""
+  """Norm of queries and keys, before positions."""
+  qk_norm_span: Literal["head", "heads"] = "head"
+  """What qk_norm averages over: each head alone, or all heads together."""
   scale: float | None = None
   """Factor on scores; None: head_dim^-0.5."""
   bias: Literal["none", "qkv", "all"] = "none"
@@ -165,6 +187,14 @@ class GQA:
         turned > 2 or not isinstance(self.positions.scaling, NTKScaling),
         "positions.scaling: NTKScaling needs more than 2 turned dims.",
       )
+      if isinstance(self.positions.scaling, LongScaling):
+        for name in ("short", "long"):
+          factors = getattr(self.positions.scaling, name)
+          _require(
+            len(factors) == turned // 2,
+            f"positions.scaling.{name}: {len(factors)} factors for {turned // 2} "
+            "rotated pairs.",
+          )
 
 
 Mixer = GQA
@@ -230,14 +260,22 @@ class LM:
   """Positions added to the embedding; rotary ones belong to the mixer."""
   embed_scale: float = 1.0
   """Factor on the embedding."""
+  embed_norm: Norm | None = None
+  """A norm of the embedding, before the first block."""
   final_norm: Norm = dataclasses.field(default_factory=RMSNorm)
   """The norm before the head."""
   head: Literal["tied", "untied"] = "untied"
   """Whether the head is the embedding's transpose."""
   softcap: float | None = None
   """Logits are bounded to this by tanh."""
+  context: int | None = None
+  """Longest sequence that the model is made for, in tokens; None: not told."""
 
   def __post_init__(self):
+    _require(
+      self.context is None or self.context >= 1,
+      f"model.context: {self.context} is not positive.",
+    )
     for field in ("vocab", "dim", "repeats"):
       value = getattr(self, field)
       _require(value >= 1, f"model.{field}: {value} is not positive.")

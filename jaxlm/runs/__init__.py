@@ -1,6 +1,9 @@
 """Where the rooms meet: one file a kind of run, each a frozen dataclass with `run`.
 
 train.py    trains a model by an objective, from the first step or a checkpoint
+initial.py  what such a run takes from a pretrained model
+convert.py  a checkpoint from one format to another
+chat.py     a chat in the terminal
 workdir.py  which run a folder belongs to
 summary.py  what a run says at its start
 """

@@ -14,15 +14,16 @@ from etils import epath
 from jaxlm import config, files
 from jaxlm.data.corpus import Corpus, Data, prepare
 from jaxlm.data.loader import Loader, held_out_batches
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, notes
 from jaxlm.data.tokenizers import save as save_tokenizer
 from jaxlm.decoding.generate import generate
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
 from jaxlm.evaluation.bits_per_byte import make_evaluate
+from jaxlm.interop.checkpoint import open_model
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
-from jaxlm.runs import summary
+from jaxlm.runs import initial, summary
 from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.mesh import Mesh, make_mesh
@@ -97,6 +98,9 @@ class Train:
   """How gradients change parameters, learning rate included."""
   steps: int
   """Batches to train on."""
+  initial: str | None = None
+  """A pretrained model to start from: a Hugging Face folder, a .gguf file, a folder of
+  configs/convert.py or a run's workdir; None: first parameters are drawn."""
   objective: NextToken = dataclasses.field(default_factory=NextToken)
   """What is minimised."""
   precision: Precision = dataclasses.field(default_factory=Precision)
@@ -156,8 +160,15 @@ class Train:
     for change in changes:
       print(f"changed since this workdir was last run: {change}")
 
-    corpus = prepare(self.data, workdir / "data")
+    data, opened = self.data, None
+    if self.initial is not None:
+      opened = open_model(self.initial, "initial")
+      print(initial.describe(opened, self.model))
+      data = initial.with_tokenizer(data, opened, workdir)
+    corpus = prepare(data, workdir / "data")
     print(corpus.report)
+    for note in notes(corpus.tokenizer):
+      print(note)
     save_tokenizer(corpus.tokenizer, workdir)
     if self.model.vocab < corpus.tokenizer.vocab:
       raise InputError(
@@ -170,7 +181,11 @@ class Train:
     objective = next_token(self.objective, decoder)
     optimizer = optimizers.build(self.optimizer, self.steps, axes_of(decoder))
     plan, first_state = create(
-      decoder, optimizer.transform, self.seed, ema=self.ema is not None
+      decoder,
+      optimizer.transform,
+      self.seed,
+      ema=self.ema is not None,
+      load=None if opened is None else lambda: initial.load(opened, decoder),
     )
     print(summary.describe_layout(layout, plan))
     print(summary.describe_rules(self.optimizer, plan.shapes.params))
@@ -213,6 +228,8 @@ class Train:
         parts = loop.Parts(
           compiled, batches, evaluate, store, writer, corpus.fingerprint
         )
+        if opened is not None and start == 0:
+          begin(parts, state)
         outcome = loop.train(parts, self._cadence(), state, start)
     finally:
       store.close()
@@ -294,8 +311,8 @@ class Train:
     # model.vocab may be rounded up: an id past the tokenizer's stands for no text.
     known = [[i for i in ids if i < tokenizer.vocab] for ids in new]
     texts = [
-      prompt + tokenizer.decode(ids)
-      for prompt, ids in zip(self.samples.prompts, known, strict=True)
+      tokenizer.decode([*prompt, *ids])
+      for prompt, ids in zip(prompts, known, strict=True)
     ]
     for number, text in enumerate(texts, 1):
       print(f"\n--- sample {number} ---\n{text}")
@@ -313,6 +330,14 @@ def check_same_text(restored: Restored, corpus: Corpus, data: Data) -> None:
       f"{restored.data['corpus']}, these are {corpus.fingerprint}. Bring the files "
       "back, or give another --workdir."
     )
+
+
+def begin(parts: loop.Parts, state: TrainState) -> None:
+  """Scores a pretrained model before the first step, so that gains can be seen."""
+  scores = parts.evaluate(state)
+  if scores:
+    parts.writer.write(0, scores)
+    parts.writer.say("before the first step  " + loop.words(scores))
 
 
 def averaged(state: TrainState) -> PyTree:

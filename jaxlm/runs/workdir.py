@@ -27,8 +27,8 @@ def claim(workdir: epath.Path, run: Any, free: Sequence[str]) -> list[str]:
   """Makes the folder this run's own; returns what changed since it was last run.
 
   Fields that begin with a name in `free` may change. All may in a folder whose run left
-  neither a checkpoint nor a row of metrics, so that a first try with a wrong path or
-  name can be mended in place.
+  neither a checkpoint nor a step's row of metrics, so that a first try with a wrong
+  path or name can be mended in place.
 
   Raises:
     InputError: the folder holds another run, or something that is no run.
@@ -43,7 +43,8 @@ def claim(workdir: epath.Path, run: Any, free: Sequence[str]) -> list[str]:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_atomic(file, config.to_json(run))
     return []
-  if not steps_in(workdir / CHECKPOINTS) and not read(workdir):
+  trained = any(row["step"] > 0 for row in read(workdir))
+  if not steps_in(workdir / CHECKPOINTS) and not trained:
     files.write_atomic(file, config.to_json(run))
     return []
   changes = changes_since(file, run)

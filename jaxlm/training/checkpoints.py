@@ -103,7 +103,7 @@ class Store:
       InputError: the disk is too full, or the save before failed.
     """
     self.wait()
-    folder = self._directory / _name(step)
+    folder = self._directory / folder_name(step)
     if (folder / MANIFEST).exists():
       raise InputError(f"{folder}: a checkpoint stands here already and is kept.")
     with self._explained(step):
@@ -153,7 +153,7 @@ class Store:
     """
     steps = self.steps()
     for step in reversed(steps):
-      folder = self._directory / _name(step)
+      folder = self._directory / folder_name(step)
       broken = verify(folder)
       if broken:
         self._tell(f"CHECKPOINT {folder} IS DAMAGED and is not used: {broken}")
@@ -174,7 +174,7 @@ class Store:
     """
     whole = self.steps()
     for found in _numbered(self._directory):
-      folder = self._directory / _name(found)
+      folder = self._directory / folder_name(found)
       if found <= step and found in whole:
         continue
       if not (folder / ARRAYS).exists():
@@ -193,7 +193,7 @@ class Store:
       plan.shapes,
       plan.shardings,
     )
-    self._check_same_model(folder, target.params)
+    check_same_model(folder, target.params)
     rest = _without_none(target._replace(params=None))
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(target.params),
@@ -203,20 +203,6 @@ class Store:
     state = TrainState(**{"ema": None} | read["rest"], params=read["params"])
     data = json.loads((folder / "data.json").read_text())
     return Restored(state, step, data)
-
-  def _check_same_model(self, folder: epath.Path, params: PyTree) -> None:
-    saved = saved_shapes(folder)
-    wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
-    if saved == wanted:
-      return
-    for name in sorted(saved.keys() | wanted.keys()):
-      if saved.get(name) != wanted.get(name):
-        raise InputError(
-          f"{folder}: a checkpoint of another model. Parameter {name!r} is "
-          f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in this "
-          "config. Use the config that wrote it (config.json beside it), or another "
-          "--workdir."
-        )
 
   def _require_space(self, state: TrainState) -> None:
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -237,8 +223,7 @@ class Store:
         self._orbax.wait_until_finished()
         files.write_atomic(folder / "config.json", self._config)
         files.write_atomic(folder / "data.json", json.dumps(data))
-        manifest = json.dumps(_hashes(folder), indent=1)
-        files.write_atomic(folder / MANIFEST, manifest)
+        write_manifest(folder)
         self._prune()
     except BaseException as error:
       self._failure = error
@@ -250,7 +235,7 @@ class Store:
       kept |= {step for step in steps if step % self._spec.keep_every == 0}
     for step in steps:
       if step not in kept:
-        _delete(self._directory / _name(step))
+        _delete(self._directory / folder_name(step))
 
   @contextlib.contextmanager
   def _explained(self, step: int):
@@ -263,15 +248,16 @@ class Store:
       first = str(error).partition("\n")[0] or type(error).__name__
       why = "the disk is full" if full else first
       raise InputError(
-        f"{self._directory / _name(step)}: the checkpoint could not be written: {why}. "
-        "The checkpoints before it are whole; mend this and run the same command."
+        f"{self._directory / folder_name(step)}: the checkpoint could not be written: "
+        f"{why}. The checkpoints before it are whole; mend this and run the same "
+        "command."
       ) from error
 
 
 def steps_in(directory: epath.Path) -> list[int]:
   """Returns the steps that have a manifest, oldest first."""
   found = _numbered(directory)
-  return [step for step in found if (directory / _name(step) / MANIFEST).exists()]
+  return [step for step in found if (directory / folder_name(step) / MANIFEST).exists()]
 
 
 def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
@@ -279,6 +265,27 @@ def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
   metadata = ocp.PyTreeCheckpointHandler().metadata(folder / ARRAYS / "params")
   leaves = named_leaves(metadata.tree)
   return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+
+def check_same_model(folder: epath.Path, params: PyTree) -> None:
+  """Raises InputError where a checkpoint's parameters have other names or shapes."""
+  saved = saved_shapes(folder)
+  wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
+  if saved == wanted:
+    return
+  for name in sorted(saved.keys() | wanted.keys()):
+    if saved.get(name) != wanted.get(name):
+      raise InputError(
+        f"{folder}: a checkpoint of another model. Parameter {name!r} is "
+        f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in this "
+        "config. Use the config that wrote it (config.json beside it), or another "
+        "--workdir."
+      )
+
+
+def write_manifest(folder: epath.Path) -> None:
+  """Says that a folder is whole: writes the size and hash of every file in it."""
+  files.write_atomic(folder / MANIFEST, json.dumps(_hashes(folder), indent=1))
 
 
 def verify(folder: epath.Path) -> str:
@@ -339,7 +346,8 @@ def _numbered(directory: epath.Path) -> list[int]:
   return sorted(steps)
 
 
-def _name(step: int) -> str:
+def folder_name(step: int) -> str:
+  """Returns the name of a step's folder."""
   return f"{step:08d}"
 
 

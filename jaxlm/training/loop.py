@@ -95,7 +95,7 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
         scores = parts.evaluate(state)
         require_finite(step, scores)
         parts.writer.write(step, scores)
-        parts.writer.say(f"step {step}/{cadence.steps}  {_words(scores)}")
+        parts.writer.say(f"step {step}/{cadence.steps}  {words(scores)}")
       done = ends or stop.reason is not None
       saves = done or step % cadence.save == 0
       if saves:
@@ -132,5 +132,6 @@ class Clock:
     return {"seconds": seconds, "tokens_per_second": self._tokens / max(seconds, 1e-9)}
 
 
-def _words(scores: dict[str, float]) -> str:
+def words(scores: dict[str, float]) -> str:
+  """Returns scores as one line."""
   return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())

@@ -35,7 +35,7 @@ class Writer:
       InputError: metrics.jsonl cannot be read or written.
     """
     self._file = workdir / METRICS
-    rows = [row for row in read(workdir) if row["step"] <= start]
+    rows = [row for row in read(workdir) if start > 0 and row["step"] <= start]
     with self._explained():
       if self._file.exists():
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,5 +1,6 @@
 """The one pytree that a step maps to the next; created sharded, never whole."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -40,9 +41,16 @@ def axes_of(decoder: Decoder) -> PyTree:
 
 
 def create(
-  decoder: Decoder, transform: optax.GradientTransformation, seed: int, *, ema: bool
+  decoder: Decoder,
+  transform: optax.GradientTransformation,
+  seed: int,
+  *,
+  ema: bool,
+  load: Callable[[], PyTree] | None = None,
 ):
   """Returns (plan, function that makes the state sharded as the plan says).
+
+  Parameters are drawn from the seed, or come from `load`, sharded as they shall be.
 
   Raises:
     InputError: the mesh does not divide a parameter, or more than 2% of the parameter
@@ -50,9 +58,11 @@ def create(
   """
   layout = decoder.layout
 
-  def make(key: Array) -> TrainState:
+  def make(key: Array, loaded: PyTree | None = None) -> TrainState:
     init_key, rng = jax.random.split(key)
-    params = decoders.unbox(decoders.init(decoder, init_key))
+    params = loaded
+    if params is None:
+      params = decoders.unbox(decoders.init(decoder, init_key))
     copy = lambda p: jnp.array(p, jnp.float32)  # noqa: E731
     average = jax.tree.map(copy, params) if ema else None
     step = jnp.zeros((), jnp.int32)
@@ -71,7 +81,12 @@ def create(
       "axis 'data' for replicas."
     )
   plan = Plan(shapes, shardings)
-  return plan, lambda: jax.jit(make, out_shardings=shardings)(key)
+
+  def first_state() -> TrainState:
+    loaded = None if load is None else load()
+    return jax.jit(make, out_shardings=shardings, donate_argnums=1)(key, loaded)
+
+  return plan, first_state
 
 
 def _shardings(

@@ -281,7 +281,7 @@ def test_a_lossy_model_is_refused(jsonl, spec, tmp_path):
   (tmp_path / "x.model").write_bytes(model.getvalue())
   given = tokenizers.SentencePiece(model=f"{tmp_path}/x.model", vocab=40)
   data = spec(jsonl("x.jsonl", TEXTS), tokenizer=given)
-  with pytest.raises(InputError, match=r"tokenizer\.model: .*lossy: .*x\.jsonl, line"):
+  with pytest.raises(InputError, match=r"data\.tokenizer: .*lossy: .*x\.jsonl, line"):
     corpus.prepare(data, tmp_path / "cache")
 
 

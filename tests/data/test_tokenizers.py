@@ -52,6 +52,22 @@ def test_specials_are_no_text(tokenizer):
   assert tokenizer.decode(ids) == "a b"
 
 
+def test_what_all_tokenizers_tell(tokenizer):
+  assert tokenizer.stops == {tokenizer.eos}
+  assert tokenizer.add_bos
+  assert not tokenizer.adds_space
+  assert tokenizer.chat_template is None
+  assert tokenizers.notes(tokenizer) == []
+  assert [len(piece) for piece in tokenizer.pieces] == list(tokenizer.byte_lengths())
+  named = {tokenizer.bos_token: tokenizer.bos, tokenizer.eos_token: tokenizer.eos}
+  assert tokenizer.specials == {text: index for text, index in named.items() if text}
+  parts = [tokenizer.bos, "a b", tokenizer.eos, "", " c"]
+  inside, after = tokenizer.encode("a b"), tokenizer.encode(" c")
+  ids = [tokenizer.bos, *inside, tokenizer.eos, *after]
+  assert tokenizer.encode_parts(parts) == ids
+  assert tokenizer.decode(ids) == "a b c"
+
+
 def test_half_a_letter_decodes_to_the_replacement(tokenizer):
   ids = tokenizer.encode("\U0001f99c")
   assert "\ufffd" in tokenizer.decode(ids[:-1])
@@ -128,10 +144,25 @@ def train_foreign(file, **options):
 def test_a_lossy_model_is_refused_with_the_place(tmp_path):
   tokenizer = train_foreign(tmp_path / "default.model")
   text = "two  spaces"
-  with pytest.raises(InputError, match=r"lossy: f\.txt, line 3, letter 0: 'two  sp"):
+  with pytest.raises(InputError, match=r"lossy: f\.txt, line 3, letter 4: ' spaces'"):
     tokenizers.check_round_trip(
       tokenizer, text, tokenizer.encode(text), "f.txt, line 3"
     )
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_a_space_in_front_decodes_to_none(tmp_path, text):
+  options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+  options |= {"byte_fallback": True, "vocab_size": 400}
+  tokenizer = train_foreign(tmp_path / "space.model", **options)
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert tokenizer.adds_space
+  added = tokenizer.byte_lengths()[ids].sum() - len(text.encode())
+  assert added == (text != "")
+  assert tokenizer.encode_parts([text, 1, "letters"])[: len(ids) + 1] == [*ids, 1]
+  after = tokenizer.encode_parts(["x", 1, "letters"])
+  assert b"".join(tokenizer.pieces[index] for index in after) == b" xletters"
 
 
 def test_a_model_without_ends(tmp_path):

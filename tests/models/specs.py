@@ -18,6 +18,7 @@ from jaxlm.models.spec import (
   Learned,
   LinearScaling,
   Llama3Scaling,
+  LongScaling,
   NTKScaling,
   Precision,
   RMSNorm,
@@ -35,6 +36,16 @@ ROPES = {
   "linear": RoPE(base=100.0, scaling=LinearScaling(factor=4.0)),
   "ntk": RoPE(base=100.0, fraction=0.5, scaling=NTKScaling(factor=4.0)),
   "yarn": RoPE(base=100.0, scaling=YaRNScaling(factor=4.0, original_length=8)),
+  "long": RoPE(
+    base=100.0,
+    scaling=LongScaling(
+      short=(1.0, 1.5, 2.0, 2.5),
+      long=(2.0, 3.0, 4.0, 5.0),
+      original_length=4,
+      length=16,
+      magnitude=1.2,
+    ),
+  ),
   "llama3": RoPE(base=100.0, scaling=Llama3Scaling(factor=8.0, original_length=16)),
 }
 
@@ -95,14 +106,18 @@ SPECS = {
   ),
   "alibi: output norm, squared ReLU, biases of queries, a prefix": model(
     Block(
-      mixer=heads(2, positions=ALiBi(), bias="qkv"),
+      mixer=heads(
+        2, positions=ALiBi(), bias="qkv", qk_norm=LAYER, qk_norm_span="heads"
+      ),
       mlp=MLP(hidden=24, activation="relu2"),
       placement="output",
     ),
     prefix=(
       Block(mixer=heads(4, positions=ALiBi(), window=4), mlp=None),
       Block(mixer=heads(1, positions=ROPES["yarn"]), mlp=GLU(hidden=12)),
+      Block(mixer=heads(2, positions=ROPES["long"]), mlp=GLU(hidden=12)),
     ),
+    embed_norm=LAYER,
   ),
   "mixed: half-rotary and no positions, ReGLU, other widths": model(
     Block(

@@ -9,6 +9,7 @@ from jaxlm.models.positions import rope_frequencies
 from jaxlm.models.spec import (
   LinearScaling,
   Llama3Scaling,
+  LongScaling,
   NTKScaling,
   RoPE,
   YaRNScaling,
@@ -83,3 +84,15 @@ def test_yarn():
   check(RoPE(base=BASE, scaling=scaling), formula, magnitude=0.1 * math.log(16) + 1)
   scaling = YaRNScaling(factor=factor, original_length=length, magnitude=1.0)
   check(RoPE(base=BASE, scaling=scaling), formula, magnitude=1.0)
+
+
+@pytest.mark.parametrize(("length", "used"), [(16, "short"), (17, "long")])
+def test_long_scaling_goes_by_the_context_and_not_by_the_input(length, used):
+  """LongRoPE: each frequency over its own factor."""
+  lists = {
+    "short": tuple(1.0 + 0.1 * i for i in range(DIM // 2)),
+    "long": tuple(2.0 + 0.3 * i for i in range(DIM // 2)),
+  }
+  scaling = LongScaling(**lists, original_length=16, length=length, magnitude=1.25)
+  rope = RoPE(base=BASE, scaling=scaling)
+  check(rope, lambda i: plain(i) / lists[used][i], magnitude=1.25)

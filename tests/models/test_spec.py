@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.models.spec import GLU, GQA, LM, Block, NTKScaling, RoPE
+from jaxlm.models.spec import GLU, GQA, LM, Block, LongScaling, NTKScaling, RoPE
 
 BLOCK = Block(mixer=GQA(heads=4, kv_heads=2, head_dim=8), mlp=GLU(hidden=8))
 
@@ -20,11 +20,24 @@ BLOCK = Block(mixer=GQA(heads=4, kv_heads=2, head_dim=8), mlp=GLU(hidden=8))
     (lambda: LM(vocab=0, dim=8, pattern=(BLOCK,), repeats=1), "model.vocab: 0"),
     (lambda: LM(vocab=8, dim=8, pattern=(), repeats=1), "model.pattern"),
     (lambda: LM(vocab=8, dim=8, pattern=(BLOCK,), repeats=0), "model.repeats: 0"),
+    (
+      lambda: LM(vocab=8, dim=8, pattern=(BLOCK,), repeats=1, context=0),
+      "model.context: 0",
+    ),
   ],
 )
 def test_what_no_model_can_be(make, message):
   with pytest.raises(InputError, match=message):
     make()
+
+
+def test_long_scaling_has_a_factor_for_each_pair():
+  scaling = LongScaling(
+    short=(1.0, 2.0), long=(1.0, 2.0, 3.0), original_length=4, length=8, magnitude=1.0
+  )
+  rope = RoPE(fraction=0.5, scaling=scaling)
+  with pytest.raises(InputError, match=r"long: 3 factors for 2 rotated pairs"):
+    GQA(heads=2, kv_heads=1, head_dim=8, positions=rope)
 
 
 def test_blocks_stand_in_order():

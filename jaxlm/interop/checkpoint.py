@@ -1,0 +1,243 @@
+"""One way to open a pretrained model, whatever it is kept in, and one to write it.
+
+    opened = open_model("SmolLM2-135M-Instruct.Q4_1.gguf")
+    decoder = Decoder(opened.model, Precision(), layout)
+    params, tokenizer = opened.params(decoder), opened.tokenizer()
+
+A Hugging Face folder, a GGUF file, jaxlm's own folder of a model, or a run's workdir.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxlm import files
+from jaxlm.data import tokenizers
+from jaxlm.errors import InputError
+from jaxlm.interop import gguf, hf, own, stream, vocabulary
+from jaxlm.interop.family import Family
+from jaxlm.interop.names import Entry, Table, check_tensors, entries
+from jaxlm.interop.registry import by_name, family_of
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.spec import LM
+from jaxlm.shapes import PyTree
+
+Kind = Literal["jaxlm", "hf", "gguf"]
+Tell = Callable[[int], Any]
+
+
+def _nothing(done: int) -> None:
+  pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model that can be loaded."""
+
+  place: epath.Path
+  kind: Kind
+  family: Family | None
+  model: LM
+  dtype: Literal["float32", "bfloat16"]
+  """The narrowest dtype that loses nothing."""
+  source: hf.Safetensors | gguf.GGUFFile | None
+  """The tensors, where they are not Orbax's."""
+  stored: str
+  """What the file says of its dtypes."""
+
+  def params(self, decoder: Decoder, tell: Tell = _nothing) -> PyTree:
+    """Returns the parameters in the decoder's shardings and dtype.
+
+    Args:
+      decoder: of this model.
+      tell: hears the elements of each tensor that is done.
+
+    Raises:
+      InputError: a tensor is missing, unknown, or has another shape.
+    """
+    plan = stream.Plan.of(decoder)
+    if self.source is None:
+      return own.restore(self.place, plan)
+    wanted = self._entries(plan)
+    return stream.load(plan, self.source, wanted, tell)
+
+  def largest_difference(self, params: PyTree, tell: Tell = _nothing) -> float:
+    """Returns the largest |difference| of parameters from what stands in the file."""
+    if self.source is None:
+      leaves = jax.tree.leaves(params)
+      decoder_like = jax.tree.map(lambda x: x.sharding, params)
+      shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+      back = own.restore(self.place, stream.Plan(shapes, decoder_like))
+      pairs = zip(leaves, jax.tree.leaves(back), strict=True)
+      return max(float(abs(a.astype("f4") - b.astype("f4")).max()) for a, b in pairs)
+    plan = stream.Plan(params, None)
+    return stream.largest_difference(self.source, self._entries(plan), params, tell)
+
+  def _entries(self, plan: stream.Plan) -> list[Entry]:
+    assert self.family is not None
+    assert self.source is not None
+    wanted = entries(self._table, self.model, stream.shapes_of(plan.shapes))
+    check_tensors(self.source.shapes, wanted, str(self.place))
+    return wanted
+
+  @property
+  def _table(self) -> Table:
+    assert self.family is not None
+    return self.family.hf.table if self.kind == "hf" else self.family.gguf.table
+
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that comes with the model.
+
+    Raises:
+      InputError: there is none, or it is of a kind that is not read.
+    """
+    if isinstance(self.source, gguf.GGUFFile):
+      return vocabulary.tokenizer_of(self.source.metadata, str(self.place))
+    return tokenizers.read(self.place, self.model.vocab, "model")
+
+
+def open_model(place: files.Pathlike, field: str = "model") -> Opened:
+  """Opens a model; reads its description and the headers of its files.
+
+  Raises:
+    InputError: nothing is there, or what is there is not known; names `field`.
+  """
+  found = files.path(place)
+  if not found.exists():
+    raise InputError(
+      f"{field}: {found} does not exist. Give a Hugging Face folder, a .gguf file, a "
+      "folder that configs/convert.py wrote, or a run's workdir."
+    )
+  if not found.is_dir():
+    return _open_gguf(found)
+  if (found / own.MODEL).exists() or (found / own.CHECKPOINTS).exists():
+    told = own.describe(found)
+    family = None if told.family is None else by_name(told.family)
+    return Opened(found, "jaxlm", family, told.model, told.dtype, None, told.dtype)
+  family, model = hf.read_config(found)
+  source = hf.Safetensors(found, family)
+  if model.head == "tied":
+    theirs = {part.ours: row.theirs for row in family.hf.table for part in row.parts}
+    hf.drop_tied_head(source, theirs["head"], theirs["embed/table"])
+  kinds = sorted(source.dtypes)
+  dtype = "bfloat16" if kinds == ["BF16"] else "float32"
+  return Opened(found, "hf", family, model, dtype, source, ", ".join(kinds))
+
+
+def _open_gguf(file: epath.Path) -> Opened:
+  source = gguf.GGUFFile(file)
+  family, model = gguf.read_metadata(source)
+  return Opened(file, "gguf", family, model, "float32", source, source.types)
+
+
+@contextlib.contextmanager
+def _whole(target: epath.Path) -> Iterator[epath.Path]:
+  """Gives a place beside the target, which becomes the target when all went well."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    yield aside
+    if target.exists():
+      raise InputError(f"{target}: exists; another process has made it meanwhile.")
+    aside.rename(target)
+  finally:
+    if aside.is_dir():
+      shutil.rmtree(aside, ignore_errors=True)
+    else:
+      aside.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """What is to be written."""
+
+  model: LM
+  family: Family | None
+  """None: the first that can say the model."""
+  params: PyTree
+  tokenizer: tokenizers.Tokenizer | None
+
+  def write(self, target: epath.Path, kind: Kind, dtype: str, tell: Tell) -> None:
+    """Writes a file or a folder, whole or not at all.
+
+    Raises:
+      InputError: it exists, or the format cannot hold the model.
+    """
+    if target.exists():
+      raise InputError(f"{target}: exists and is not overwritten; give another target.")
+    with _whole(target) as place:
+      if kind == "gguf":
+        self._write_gguf(place, dtype, tell)
+        return
+      place.mkdir()
+      if kind == "hf":
+        self._write_hf(place, dtype, tell)
+      else:
+        name = None if self.family is None else self.family.name
+        kept = "bfloat16" if dtype == "bfloat16" else "float32"
+        told = own.Description(model=self.model, family=name, dtype=kept)
+        own.save(place, told, self.params)
+      if self.tokenizer is not None:
+        self.tokenizer.save(place)
+      if kind == "jaxlm":
+        own.seal(place)
+
+  def _entries(self, table: Table) -> list[Entry]:
+    return entries(table, self.model, stream.shapes_of(self.params))
+
+  def _write_hf(self, place: epath.Path, dtype: str, tell: Tell) -> None:
+    family = self.family or family_of(self.model)
+    # Told also where there is none: transformers has defaults past a small vocabulary.
+    ids: dict[str, Any] = dict.fromkeys(("bos", "eos", "pad"))
+    if self.tokenizer is not None:
+      ids |= {"bos": self.tokenizer.bos, "eos": self.tokenizer.eos}
+      stops = {"eos_token_id": sorted(self.tokenizer.stops)}
+      files.write_atomic(place / hf.GENERATION, json.dumps(stops, indent=2) + "\n")
+    ids = {f"{name}_token_id": index for name, index in ids.items()}
+    text = hf.write_config(family, self.model, dtype, ids)
+    leaves = stream.named_leaves(self.params)
+    places, size = {}, 0
+    width = jax.numpy.dtype(dtype)
+    wanted = self._entries(family.hf.table)
+    for name, group in hf.shards(wanted, width.itemsize):
+      tensors = {}
+      for entry in group:
+        tensors[entry.name] = stream.tensor_of(entry, leaves, width)
+        size += tensors[entry.name].nbytes
+        places[entry.name] = name
+        tell(tensors[entry.name].size)
+      hf.write_tensors(place / name, tensors)
+    if len(set(places.values())) > 1:
+      hf.write_index(place, places, size)
+    files.write_atomic(place / hf.CONFIG, text)
+
+  def _write_gguf(self, place: epath.Path, dtype: str, tell: Tell) -> None:
+    family = self.family or family_of(self.model)
+    writer = gguf.start_writing(place, family, self.model, dtype)
+    if family.gguf.caveat and any(b.mixer.window for b in self.model.blocks):
+      print(f"note: {family.gguf.caveat}")
+    wanted = self._entries(family.gguf.table)
+    leaves = stream.named_leaves(self.params)
+    if self.tokenizer is None:
+      writer.add_tokenizer_model("no_vocab")
+    else:
+      vocabulary.write_vocabulary(writer, self.tokenizer, vocab=self.model.vocab)
+
+    def tensors() -> Iterator[np.ndarray]:
+      for entry in wanted:
+        # A float16 that is not finite is refused here, before it is rounded there.
+        narrow = np.float16 if dtype == "float16" else np.float32
+        stream.tensor_of(entry, leaves, narrow)
+        yield stream.tensor_of(entry, leaves, np.float32)
+        tell(int(np.prod(entry.shape)))
+
+    factors = gguf.factors_of(family, self.model)
+    gguf.write_tensors(writer, gguf.plan_types(wanted, dtype), tensors(), factors)

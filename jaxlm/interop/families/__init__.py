@@ -1,0 +1,1 @@
+"""One file a family: config keys and rename tables, for both formats."""

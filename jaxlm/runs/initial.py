@@ -1,0 +1,54 @@
+"""What a run takes from a pretrained model: its weights and its tokenizer."""
+
+import dataclasses
+
+from etils import epath
+
+from jaxlm.data.corpus import Data
+from jaxlm.data.pretrained import Pretrained
+from jaxlm.errors import InputError
+from jaxlm.interop.checkpoint import Opened
+from jaxlm.interop.progress import bar
+from jaxlm.interop.registry import changes
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.spec import LM
+from jaxlm.shapes import PyTree
+
+
+def describe(opened: Opened, model: LM) -> str:
+  """Returns what the run starts from, and what it changes in the architecture."""
+  lines = [f"starting from {opened.place} ({opened.kind}, {opened.stored})"]
+  lines += [f"  changed from it: {line}" for line in changes(opened.model, model)]
+  return "\n".join(lines)
+
+
+def with_tokenizer(data: Data, opened: Opened, workdir: epath.Path) -> Data:
+  """Returns the data with a tokenizer folder where a file holds the vocabulary.
+
+  Raises:
+    InputError: the file's vocabulary is of a kind that is not read.
+  """
+  spec = data.tokenizer
+  if opened.kind != "gguf" or not isinstance(spec, Pretrained):
+    return data
+  if epath.Path(spec.path) != opened.place:
+    return data
+  folder = workdir / "pretrained"
+  folder.mkdir(parents=True, exist_ok=True)
+  opened.tokenizer().save(folder)
+  return dataclasses.replace(
+    data, tokenizer=dataclasses.replace(spec, path=str(folder))
+  )
+
+
+def load(opened: Opened, decoder: Decoder) -> PyTree:
+  """Returns the weights, for a model that may differ in what has no parameters.
+
+  Raises:
+    InputError: a parameter differs in name or shape.
+  """
+  try:
+    with bar("load", decoder.spec) as tell:
+      return dataclasses.replace(opened, model=decoder.spec).params(decoder, tell)
+  except InputError as error:
+    raise InputError(f"initial: {error}") from error
