@@ -51,9 +51,9 @@ class GGUFFile:
       raise InputError(f"{file}: does not exist.")
     try:
       reader = gguf.GGUFReader(self.name)
+      self.metadata = {name: value.contents() for name, value in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError) as error:
       raise InputError(f"{file}: not a whole GGUF file ({error}).") from error
-    self.metadata = {name: value.contents() for name, value in reader.fields.items()}
     self._tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, tensor in self._tensors.items():
       if tensor.tensor_type not in READ:
@@ -198,11 +198,13 @@ def write_tensors(
       dtype = np.dtype(np.uint8)
       shape = gguf.quant_shape_to_byte_shape(one.shape, one.kind)
     writer.add_tensor_info(one.name, shape, dtype, nbytes, raw_dtype=raw)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_ti_data_to_file()
-  for array in factors.values():
-    writer.write_tensor_data(array)
-  for one, tensor in zip(planned, tensors, strict=True):
-    writer.write_tensor_data(gguf.quants.quantize(tensor, one.kind))
-  writer.close()
+  try:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for array in factors.values():
+      writer.write_tensor_data(array)
+    for one, tensor in zip(planned, tensors, strict=True):
+      writer.write_tensor_data(gguf.quants.quantize(tensor, one.kind))
+  finally:
+    writer.close()

@@ -74,6 +74,10 @@ def place_of(folder: epath.Path) -> epath.Path:
     InputError: none is whole.
   """
   if (folder / MODEL).exists():
+    if not (folder / checkpoints.MANIFEST).exists():
+      raise InputError(
+        f"{folder}: has no {checkpoints.MANIFEST}, so it was not written to its end."
+      )
     steps = [folder]
   else:
     inside = folder / CHECKPOINTS

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxlm.interop.keys import ABSENT, Config, Fields, Key
+from jaxlm.interop.keys import Config, Fields, Key
 from jaxlm.models.families.shape import Shape
 from jaxlm.models.spec import (
   LinearScaling,
@@ -106,9 +106,13 @@ def _read(inside: Config, config: Config, base: float) -> RoPE:
   return RoPE(base=theta, fraction=fraction, scaling=_scaling(inside, config))
 
 
-def _number(inside: Config, key: str, default: Any = ABSENT) -> Any:
-  value = inside.take(key, default)
-  return None if value is None and default is None else float(value)
+def _number(inside: Config, key: str) -> float:
+  return float(inside.take(key))
+
+
+def _given(inside: Config, key: str) -> float | None:
+  value = inside.take(key, None)
+  return None if value is None else float(value)
 
 
 def _scaling(inside: Config, config: Config) -> Scaling | None:
@@ -134,9 +138,9 @@ def _scaling(inside: Config, config: Config) -> Scaling | None:
       scaling = YaRNScaling(
         factor=_number(inside, "factor"),
         original_length=length or config.take("max_position_embeddings"),
-        beta_fast=_number(inside, "beta_fast", None) or 32.0,
-        beta_slow=_number(inside, "beta_slow", None) or 1.0,
-        magnitude=_number(inside, "attention_factor", None),
+        beta_fast=_given(inside, "beta_fast") or 32.0,
+        beta_slow=_given(inside, "beta_slow") or 1.0,
+        magnitude=_given(inside, "attention_factor"),
       )
     case "longrope" | "su":
       scaling = _long(inside, config, length)
@@ -150,14 +154,14 @@ def _scaling(inside: Config, config: Config) -> Scaling | None:
 def _long(inside: Config, config: Config, original: Any) -> LongScaling:
   context: int = config.take("max_position_embeddings")
   original = original or context
-  factor = _number(inside, "factor", None)
+  factor = _given(inside, "factor")
   longer = context if factor is None else factor * original
   return LongScaling(
     short=tuple(map(float, inside.take("short_factor"))),
     long=tuple(map(float, inside.take("long_factor"))),
     original_length=original,
     length=context,
-    magnitude=_number(inside, "attention_factor", None) or magnitude(longer, original),
+    magnitude=_given(inside, "attention_factor") or magnitude(longer, original),
   )
 
 
