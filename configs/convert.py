@@ -5,8 +5,7 @@
     uv run jaxlm --config=configs/convert.py:source=runs/mine,target=mine.gguf
 
 Without --workdir: the target is the result. It is read back, and the report says the
-largest difference. Measured on two cores of an AMD EPYC: see
-`experiments/exports/RESULT.md`.
+largest difference. What other programs make of the targets: `experiments/exports/`.
 """
 
 from jaxlm.runs.convert import Convert

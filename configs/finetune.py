@@ -15,7 +15,7 @@ from jaxlm.data.corpus import Data, Weighted
 from jaxlm.data.pretrained import Pretrained
 from jaxlm.data.sources import Jsonl
 from jaxlm.interop.checkpoint import open_model
-from jaxlm.models.spec import Precision
+from jaxlm.models.spec import Precision, for_length
 from jaxlm.runs.train import Samples, Train
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.optimizers import AdamW
@@ -33,7 +33,7 @@ def get_config(
   """Returns the run; the architecture is read from the model's files."""
   opened = open_model(model)
   return Train(
-    model=opened.model,
+    model=for_length(opened.model, seq_len),
     initial=model,
     precision=Precision(params=opened.dtype),
     data=Data(

@@ -201,6 +201,19 @@ def read(folder: files.Pathlike, vocab: int | None, field: str) -> Tokenizer:
   return SentencePieceTokenizer(file.read_bytes(), name, controls=found, vocab=vocab)
 
 
+def read_model(folder: files.Pathlike, vocab: int | None) -> Tokenizer:
+  """Returns the tokenizer of a folder's tokenizer.model, whatever else is in it.
+
+  Raises:
+    InputError: as `read`.
+  """
+  file = files.path(folder) / sentencepieces.MODEL_FILE
+  found = controls.read(file.parent)
+  return SentencePieceTokenizer(
+    file.read_bytes(), str(file), controls=found, vocab=vocab
+  )
+
+
 def save(tokenizer: Tokenizer, directory: files.Pathlike) -> None:
   """Writes the files that `load` needs: `tokenizer.model` or `tokenizer.json`.
 

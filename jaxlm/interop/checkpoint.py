@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from jaxlm import files
-from jaxlm.data import tokenizers
+from jaxlm.data import sentencepieces, tokenizers
 from jaxlm.errors import InputError
 from jaxlm.interop import gguf, hf, own, stream, vocabulary
 from jaxlm.interop.family import Family
@@ -65,7 +66,9 @@ class Opened:
     """
     plan = stream.Plan.of(decoder)
     if self.source is None:
-      return own.restore(self.place, plan)
+      read = own.restore(self.place, plan)
+      tell(sum(leaf.size for leaf in jax.tree.leaves(read)))
+      return read
     wanted = self._entries(plan)
     return stream.load(plan, self.source, wanted, tell)
 
@@ -73,9 +76,10 @@ class Opened:
     """Returns the largest |difference| of parameters from what stands in the file."""
     if self.source is None:
       leaves = jax.tree.leaves(params)
-      decoder_like = jax.tree.map(lambda x: x.sharding, params)
+      shardings = jax.tree.map(lambda x: x.sharding, params)
       shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-      back = own.restore(self.place, stream.Plan(shapes, decoder_like))
+      back = own.restore(self.place, stream.Plan(shapes, shardings))
+      tell(sum(leaf.size for leaf in leaves))
       pairs = zip(leaves, jax.tree.leaves(back), strict=True)
       return max(float(abs(a.astype("f4") - b.astype("f4")).max()) for a, b in pairs)
     plan = stream.Plan(params, None)
@@ -93,14 +97,18 @@ class Opened:
     assert self.family is not None
     return self.family.hf.table if self.kind == "hf" else self.family.gguf.table
 
-  def tokenizer(self) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that comes with the model.
+  def tokenizer(self, form: Kind | None = None) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that comes with the model, as suits what it is written to.
+
+    GGUF can hold a tokenizer.model and seldom the tokenizer.json that was made of it.
 
     Raises:
       InputError: there is none, or it is of a kind that is not read.
     """
     if isinstance(self.source, gguf.GGUFFile):
       return vocabulary.tokenizer_of(self.source.metadata, str(self.place))
+    if form == "gguf" and (self.place / sentencepieces.MODEL_FILE).exists():
+      return tokenizers.read_model(self.place, self.model.vocab)
     return tokenizers.read(self.place, self.model.vocab, "model")
 
 
@@ -117,8 +125,10 @@ def open_model(place: files.Pathlike, field: str = "model") -> Opened:
       "folder that configs/convert.py wrote, or a run's workdir."
     )
   if not found.is_dir():
+    if found.suffix in (".safetensors", ".json", ".bin"):
+      raise InputError(f"{field}: {found} is one file of a folder; give the folder.")
     return _open_gguf(found)
-  if (found / own.MODEL).exists() or (found / own.CHECKPOINTS).exists():
+  if own.is_one(found):
     told = own.describe(found)
     family = None if told.family is None else by_name(told.family)
     return Opened(found, "jaxlm", family, told.model, told.dtype, None, told.dtype)
@@ -185,10 +195,30 @@ class Exported:
         kept = "bfloat16" if dtype == "bfloat16" else "float32"
         told = own.Description(model=self.model, family=name, dtype=kept)
         own.save(place, told, self.params)
+        tell(sum(leaf.size for leaf in jax.tree.leaves(self.params)))
       if self.tokenizer is not None:
         self.tokenizer.save(place)
       if kind == "jaxlm":
         own.seal(place)
+
+  def check(self, kind: Kind, dtype: str) -> str:
+    """Returns what the family is called in the target, before anything is loaded.
+
+    Raises:
+      InputError: the format cannot hold the model or the tokenizer.
+    """
+    if kind == "jaxlm":
+      return "as it is" if self.family is None else self.family.name
+    family = self.family or family_of(self.model)
+    if kind == "hf":
+      hf.write_config(family, self.model, dtype, {})
+      return family.hf.architecture
+    with tempfile.TemporaryDirectory() as folder:
+      place = epath.Path(folder) / "x.gguf"
+      writer = gguf.start_writing(place, family, self.model, dtype)
+      if self.tokenizer is not None:
+        vocabulary.write_vocabulary(writer, self.tokenizer, vocab=self.model.vocab)
+    return family.gguf.architecture
 
   def _entries(self, table: Table) -> list[Entry]:
     return entries(table, self.model, stream.shapes_of(self.params))
@@ -233,9 +263,6 @@ class Exported:
 
     def tensors() -> Iterator[np.ndarray]:
       for entry in wanted:
-        # A float16 that is not finite is refused here, before it is rounded there.
-        narrow = np.float16 if dtype == "float16" else np.float32
-        stream.tensor_of(entry, leaves, narrow)
         yield stream.tensor_of(entry, leaves, np.float32)
         tell(int(np.prod(entry.shape)))
 

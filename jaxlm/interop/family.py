@@ -1,9 +1,10 @@
 """What a family declares so that its checkpoints can be read and written."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxlm.interop.keys import Key, fixed, idle, mapped, same
+from jaxlm.errors import InputError
+from jaxlm.interop.keys import ABSENT, Fields, Key, fixed, idle, mapped, same
 from jaxlm.interop.names import Table
 from jaxlm.models.families.shape import Shape
 from jaxlm.models.spec import LM
@@ -51,12 +52,25 @@ class Family(NamedTuple):
   gguf: GGUF
 
 
+def context(default: Any = ABSENT) -> Key:
+  """Returns the key of the longest sequence."""
+  key = "max_position_embeddings"
+
+  def write(shape: Shape) -> Fields:
+    if shape.context is None:
+      raise InputError(f"model.context: {key} needs the longest sequence; give one.")
+    return {key: shape.context}
+
+  return Key(lambda config: {"context": config.take(key, default)}, write)
+
+
 # Keys of config.json that most families have.
 IDLE = idle(
-  "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+  "_attn_implementation_autoset", "_name_or_path", "architectures",
+  "attention_dropout", "auto_map", "bos_token_id",
   "dtype", "embd_pdrop", "eos_token_id", "initializer_range", "model_type",
   "pad_token_id", "resid_pdrop", "torch_dtype", "transformers_version", "unk_token_id",
-  "use_cache",
+  "unsloth_fixed", "unsloth_version", "use_cache",
 )  # fmt: skip
 SIZES = (
   same("vocab_size", "vocab"),
@@ -64,29 +78,29 @@ SIZES = (
   same("num_hidden_layers", "layers"),
   same("num_attention_heads", "heads"),
   same("intermediate_size", "hidden"),
-  same("max_position_embeddings", "context"),
+  context(),
   IDLE,
 )
 BIASES = {False: "none", True: "all"}
 
 
-def kv_heads() -> Key:
-  """Returns the key of key-value heads, as many as heads where it is absent."""
+def kv_heads(default: int | None = None) -> Key:
+  """Returns the key of key-value heads; None where it is absent: as many as heads."""
 
   def read(config):
     heads = config.take("num_attention_heads")
-    given = config.take("num_key_value_heads", None)
+    given = config.take("num_key_value_heads", default)
     return {"kv_heads": heads if given is None else given}
 
   return Key(read, lambda shape: {"num_key_value_heads": shape.kv_heads})
 
 
-def head_dim() -> Key:
-  """Returns the key of a head's dim, dim / heads where it is absent."""
+def head_dim(default: int | None = None) -> Key:
+  """Returns the key of a head's dim; None where it is absent: dim / heads."""
 
   def read(config):
     whole = config.take("hidden_size") // config.take("num_attention_heads")
-    given = config.take("head_dim", None)
+    given = config.take("head_dim", default)
     return {"head_dim": whole if given is None else given}
 
   return Key(read, lambda shape: {"head_dim": shape.head_dim})

@@ -1,7 +1,7 @@
 """GGUF files, as llama.cpp reads them: metadata, tensors, a vocabulary.
 
-Read are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; written F32, F16, BF16 and
-Q8_0. The `gguf` package does the container and the blocks.
+Read are F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q5_1, Q5_0, Q4_K, Q4_1 and Q4_0; written
+F32, F16, BF16 and Q8_0. The `gguf` package does the container and the blocks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,8 @@ from jaxlm.models.spec import LM
 
 Type = gguf.GGMLQuantizationType
 READ = (
-  Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K,
+  Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0,
+  Type.Q4_K, Type.Q4_1, Type.Q4_0,
 )  # fmt: skip
 WRITE = {
   "float32": Type.F32,
@@ -54,6 +55,11 @@ class GGUFFile:
       self.metadata = {name: value.contents() for name, value in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError) as error:
       raise InputError(f"{file}: not a whole GGUF file ({error}).") from error
+    if self.metadata.get("split.count", 1) > 1:
+      raise InputError(
+        f"{file}: is one of {self.metadata['split.count']} files that belong together. "
+        "Join them first, with llama-gguf-split --merge."
+      )
     self._tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, tensor in self._tensors.items():
       if tensor.tensor_type not in READ:
@@ -69,12 +75,24 @@ class GGUFFile:
       for name, tensor in self._tensors.items()
       if name not in self.factors
     }
+    if self._head_is_a_copy():
+      del self.shapes["output.weight"]
 
   @property
   def types(self) -> str:
     """How many tensors there are of each type."""
     kinds = [tensor.tensor_type.name for tensor in self._tensors.values()]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+  def _head_is_a_copy(self) -> bool:
+    """Says whether an older file has a tied head's table a second time."""
+    pair = [self._tensors.get(name) for name in ("output.weight", "token_embd.weight")]
+    if any(tensor is None for tensor in pair):
+      return False
+    head, table = (tensor for tensor in pair if tensor is not None)
+    return head.tensor_type == table.tensor_type and np.array_equal(
+      head.data, table.data
+    )
 
   def read(self, name: str) -> np.ndarray:
     """See `stream.Source`."""
@@ -205,6 +223,10 @@ def write_tensors(
     for array in factors.values():
       writer.write_tensor_data(array)
     for one, tensor in zip(planned, tensors, strict=True):
+      if one.kind == Type.F16 and np.abs(tensor).max() > np.finfo(np.float16).max:
+        raise InputError(
+          f"{one.name}: has a value that is not finite as float16; nothing is written."
+        )
       writer.write_tensor_data(gguf.quants.quantize(tensor, one.kind))
   finally:
     writer.close()

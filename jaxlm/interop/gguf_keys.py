@@ -75,11 +75,12 @@ SIZES = (
   same("context_length", "context"),
   fixed("attention.causal", True, default=True),
   fixed("expert_count", 0, default=0),
-  idle("vocab_size"),
+  idle("vocab_size", "tensor_data_layout"),
 )
+# llama.cpp's own where a file says nothing, as early ones do.
 CAPS = (
-  same("attn_logit_softcapping", "softcap", None),
-  same("final_logit_softcapping", "final_softcap", None),
+  same("attn_logit_softcapping", "softcap", 50.0),
+  same("final_logit_softcapping", "final_softcap", 30.0),
 )
 
 
@@ -88,18 +89,21 @@ def eps(name: str = "layer_norm_rms_epsilon") -> Key:
   return same(f"attention.{name}", "eps")
 
 
-def window(every: int | None = None) -> Key:
-  """Returns the key of the window; each `every`-th block has none."""
+def window(every: int | None = None, size: int = 0) -> Key:
+  """Returns the key of the window, `size` where a file says nothing.
+
+  Each `every`-th block has none.
+  """
 
   def read(config: Config) -> Fields:
-    size = config.take("attention.sliding_window", 0) or None
+    window = config.take("attention.sliding_window", size) or None
     layers = config.take("block_count")
     local = None
     if every is not None:
       told = config.take("attention.sliding_window_pattern", every)
       local = tuple(told) if isinstance(told, list) else local_blocks(layers, told)
     mixed = local is not None and any(local) and not all(local)
-    return {"window": size, "local": local if size and mixed else None}
+    return {"window": window, "local": local if window and mixed else None}
 
   def write(shape: Shape) -> Fields:
     return {} if shape.window is None else {"attention.sliding_window": shape.window}

@@ -23,7 +23,6 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 FLOATS = ("F64", "F32", "F16", "BF16")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_config(folder: epath.Path) -> tuple[Family, LM]:
@@ -128,7 +127,10 @@ def _files(folder: epath.Path) -> dict[epath.Path, list[str] | None]:
   """Returns each file of a folder with the tensors that are looked for in it."""
   if not (folder / INDEX).exists():
     if not (folder / SINGLE).exists():
-      raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}.")
+      raise InputError(
+        f"{folder}: has neither {SINGLE} nor {INDEX}; weights in other files, such as "
+        "pytorch_model.bin, are not read."
+      )
     return {folder / SINGLE: None}
   places: dict[epath.Path, list[str] | None] = {}
   told = _json(folder / INDEX).get("weight_map")

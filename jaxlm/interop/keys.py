@@ -67,7 +67,7 @@ class Config:
       listed = ", ".join(f"{self._prefix}{key}" for key in sorted(unread))
       hope = nearest(sorted(unread)[0], self._read)
       raise InputError(
-        f"{self.file}: not known for this architecture, so the model would differ: "
+        f"{self.file}: not known for this architecture, so the model may differ: "
         f"{listed}.{hope}"
       )
 
@@ -195,10 +195,13 @@ def write_shape(keys: Iterable[Key], shape: Shape) -> Fields:
   return values
 
 
-def windows(known: Callable[[Config, int], tuple[bool, ...]]) -> Key:
+def windows(
+  known: Callable[[Config, int], tuple[bool, ...]], default: int | None = None
+) -> Key:
   """Returns the keys that say which layers have a window, by type or by rule.
 
-  `known(config, layers)` gives the rule where `layer_types` does not stand.
+  `known(config, layers)` gives the rule where `layer_types` does not stand, `default`
+  the window where it is not told.
   """
 
   def read(config: Config) -> Fields:
@@ -214,7 +217,7 @@ def windows(known: Callable[[Config, int], tuple[bool, ...]]) -> Key:
           f"give one of sliding_attention and full_attention for each of {layers} "
           "layers.",
         )
-    window = config.take("sliding_window", None)
+    window = config.take("sliding_window", default)
     window = window if any(local) else None
     mixed = any(local) and not all(local)
     return {"window": window, "local": local if mixed and window else None}

@@ -24,6 +24,8 @@ from jaxlm.training import checkpoints
 
 MODEL = "model.json"
 CHECKPOINTS = "checkpoints"
+FAMILY = "family"
+"""In a run's workdir: what the model that it started from is called."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,14 @@ class Description:
   """Dtype of the arrays."""
 
 
+def is_one(folder: epath.Path) -> bool:
+  """Says whether a folder is a model's own or a run's workdir."""
+  if (folder / MODEL).exists():
+    return True
+  run = folder / "config.json"
+  return (folder / CHECKPOINTS).exists() and '"jaxlm.runs.' in run.read_text()[:200]
+
+
 def describe(folder: epath.Path) -> Description:
   """Returns the description of a model's folder or of a run's workdir.
 
@@ -49,7 +59,8 @@ def describe(folder: epath.Path) -> Description:
     read: Any = config.from_json(file.read_text())
     if isinstance(read, Description):
       return read
-    return Description(model=read.model, family=None, dtype=read.precision.params)
+    name = (folder / FAMILY).read_text() if (folder / FAMILY).exists() else None
+    return Description(model=read.model, family=name, dtype=read.precision.params)
   except (InputError, ValueError, AttributeError, OSError) as error:
     raise InputError(f"{file}: not a model's description: {error}") from error
 

@@ -36,6 +36,7 @@ _O200K = (
   rf"\p{{N}}{{1,3}}|{_CASED_ENDS}"
 )
 _TEKKEN = rf"{_CASED}|\p{{N}}|{_CASED_ENDS}"
+_NESTED = " ?[^(\\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001 - as the file itself has it
 _WORDS = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _HAN_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
@@ -164,6 +165,6 @@ def _patterns(step: dict[str, Any], name: str) -> list[str]:
   if kind == "Split" and way in (("Isolated", False), ("Removed", True)):
     pattern = step["pattern"]
     text = pattern.get("Regex") or re.escape(pattern["String"])
-    text = text.replace(_SPELT_OUT, _CONTRACTIONS)
+    text = text.replace(_SPELT_OUT, _CONTRACTIONS).replace(_NESTED, _WORDS)
     return [_GPT2 if f"{text}|\\s+" == _GPT2 else text]
   raise InputError(f"{name}: the pre_tokenizer's step {kind} has no name in GGUF.")

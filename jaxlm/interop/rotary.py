@@ -40,7 +40,9 @@ def _either(config: Config, base: float) -> RoPE:
   if inside is None:
     return _older(config, base)
   config.take("rope_theta", None)
-  config.take("rope_scaling", None)
+  older = config.take("rope_scaling", None)
+  if older not in (None, config.values["rope_parameters"]):
+    raise config.refuse("rope_scaling", "rope_parameters stands too; give one of them.")
   return _read(inside, config, base)
 
 

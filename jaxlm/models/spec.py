@@ -291,6 +291,22 @@ class LM:
     return self.prefix + self.pattern * self.repeats
 
 
+def for_length(model: LM, length: int) -> LM:
+  """Returns a model whose LongRoPE factors are those of contexts of a length."""
+
+  def changed(block: Block) -> Block:
+    rope = block.mixer.positions
+    if not (isinstance(rope, RoPE) and isinstance(rope.scaling, LongScaling)):
+      return block
+    scaling = dataclasses.replace(rope.scaling, length=length)
+    rope = dataclasses.replace(rope, scaling=scaling)
+    mixer = dataclasses.replace(block.mixer, positions=rope)
+    return dataclasses.replace(block, mixer=mixer)
+
+  prefix, pattern = (tuple(map(changed, b)) for b in (model.prefix, model.pattern))
+  return dataclasses.replace(model, prefix=prefix, pattern=pattern)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
   """Dtypes. Logits, softmax and norm statistics are float32 under every choice."""
@@ -302,6 +318,7 @@ class Precision:
 
 
 Remat = Literal["none", "full", "dots", "dots_without_batch"]
-"""What a block recomputes in the backward pass instead of keeping it: nothing, all,
-what is no product, or that and products within a row. Norms, activations and attention
-scores are always recomputed from their inputs: they cost less than they take."""
+"""What a block recomputes in the backward pass instead of keeping it: nothing, all, all
+but products with weights and what attention gives, or attention too. Norms, activations
+and attention scores are always recomputed from their inputs: they cost less than they
+take."""

@@ -16,9 +16,10 @@ from jaxlm.decoding.session import Session
 from jaxlm.errors import InputError
 from jaxlm.interop.checkpoint import open_model
 from jaxlm.interop.progress import bar
+from jaxlm.interop.registry import changes
 from jaxlm.models import count
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.spec import Precision
+from jaxlm.models.spec import Precision, for_length
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout, ShardingRules
 
@@ -83,9 +84,11 @@ class Chat:
     if compute not in ("float32", "bfloat16"):
       raise InputError(f"compute: {compute!r}; it takes float32 or bfloat16.")
     length = min(self.length, opened.model.context or self.length)
-    decoder = Decoder(
-      opened.model, Precision(params=opened.dtype, compute=compute), layout
-    )
+    model = for_length(opened.model, length)
+    for line in changes(opened.model, model):
+      print(f"for so many tokens: {line}")
+    opened = dataclasses.replace(opened, model=model)
+    decoder = Decoder(model, Precision(params=opened.dtype, compute=compute), layout)
     with bar("load", opened.model) as tell:
       params = opened.params(decoder, tell)
     parameters = count.parameters(opened.model).total

@@ -42,6 +42,9 @@ class Convert:
   """Of what is written; None: as in the source, float16 for gguf."""
   family: str | None = None
   """What to call the architecture; None: as the source does, or the first that fits."""
+  context: int | None = None
+  """Longest sequence, in tokens; None: as the source says. Hugging Face and GGUF need
+  one."""
   tokenizer: Literal["with", "without"] = "with"
   """Whether the tokenizer is written too."""
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -62,18 +65,23 @@ class Convert:
     dtype = self._dtype(opened, form)
     if target.exists():
       raise InputError(f"target: {target} exists and is not overwritten.")
+    if self.context is not None:
+      model = dataclasses.replace(opened.model, context=self.context)
+      opened = dataclasses.replace(opened, model=model)
     print(f"source: {opened.place} ({opened.kind}, {opened.stored})")
-    tokenizer = self._tokenizer(opened)
+    tokenizer = self._tokenizer(opened, form)
+    family = by_name(self.family) if self.family else opened.family
+    called = Exported(opened.model, family, None, tokenizer).check(form, dtype)
     precision = Precision(params=opened.dtype)
     layout = Layout(make_mesh(self.mesh), self.sharding)
     decoder = Decoder(opened.model, precision, layout)
     with bar("read", opened.model) as tell:
       params = opened.params(decoder, tell)
-    family = by_name(self.family) if self.family else opened.family
     exported = Exported(opened.model, family, params, tokenizer)
     with bar("write", opened.model) as tell:
       exported.write(target, form, dtype, tell)
     report = self._report(open_model(target), params, form, dtype)
+    report["family"] = called
     report["seconds"] = round(time.perf_counter() - began, 1)
     print("\n".join(f"{name}: {value}" for name, value in report.items()))
     return report
@@ -90,18 +98,19 @@ class Convert:
     return "hf" if opened.kind == "jaxlm" else "jaxlm"
 
   def _dtype(self, opened: Opened, form: Kind) -> str:
-    dtype = self.dtype or ("float16" if form == "gguf" else opened.dtype)
+    half = form == "gguf" or (form == "hf" and opened.stored == "F16")
+    dtype = self.dtype or ("float16" if half else opened.dtype)
     if dtype not in ACCEPTED[form]:
       accepted = ", ".join(ACCEPTED[form])
       raise InputError(f"dtype: {dtype} cannot be written as {form}; use {accepted}.")
     return dtype
 
-  def _tokenizer(self, opened: Opened) -> Tokenizer | None:
+  def _tokenizer(self, opened: Opened, form: Kind) -> Tokenizer | None:
     if self.tokenizer == "without":
       print("tokenizer: left out, as asked")
       return None
     try:
-      tokenizer = opened.tokenizer()
+      tokenizer = opened.tokenizer(form)
     except InputError as error:
       raise InputError(
         f"tokenizer: {error} Or convert the weights alone with "

@@ -4,6 +4,7 @@ import dataclasses
 
 from etils import epath
 
+from jaxlm import files
 from jaxlm.data.corpus import Data
 from jaxlm.data.pretrained import Pretrained
 from jaxlm.errors import InputError
@@ -19,6 +20,8 @@ def describe(opened: Opened, model: LM) -> str:
   """Returns what the run starts from, and what it changes in the architecture."""
   lines = [f"starting from {opened.place} ({opened.kind}, {opened.stored})"]
   lines += [f"  changed from it: {line}" for line in changes(opened.model, model)]
+  if opened.family is not None:
+    lines[0] += f", family {opened.family.name}"
   return "\n".join(lines)
 
 
@@ -31,7 +34,7 @@ def with_tokenizer(data: Data, opened: Opened, workdir: epath.Path) -> Data:
   spec = data.tokenizer
   if opened.kind != "gguf" or not isinstance(spec, Pretrained):
     return data
-  if epath.Path(spec.path) != opened.place:
+  if files.path(spec.path) != opened.place:
     return data
   folder = workdir / "pretrained"
   folder.mkdir(parents=True, exist_ok=True)

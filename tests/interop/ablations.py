@@ -259,6 +259,6 @@ def to_be_taken(spec, at=""):
       for index, one in enumerate(value):
         yield from to_be_taken(one, f"{path}.{index}.")
     elif dataclasses.is_dataclass(value):
-      yield from to_be_taken(value, f"{path}.")
+      yield from list(to_be_taken(value, f"{path}.")) or [path]
     elif value not in OFF and value != ():
       yield path

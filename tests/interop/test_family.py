@@ -1,5 +1,6 @@
 """Files as their makers published them, and values of keys that are not built."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from interop.goldens import CASES, FOLDER
 from jaxlm.errors import InputError
 from jaxlm.interop.hf import read_config
+from jaxlm.interop.keys import Config, read_shape
+from jaxlm.interop.registry import by_name, write_keys
 from jaxlm.models.families.bloom import bloom
 from jaxlm.models.families.gemma import gemma
 from jaxlm.models.families.gpt2 import gpt2
@@ -404,7 +407,7 @@ def test_an_unknown_key_is_refused_by_name_in_every_family(name, tmp_path):
 REFUSED = [
   ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu' or 'swish'"),
   ("llama", {"attention_bias": "qkv"}, "attention_bias='qkv': known are False, True"),
-  ("llama", {"pretraining_tp": 2}, "pretraining_tp=2: only 1 is built"),
+  ("llama", {"rope_interleaved": True}, "rope_interleaved=True: only False is built"),
   ("llama", {"sliding_window": 7}, "not known .*: sliding_window"),
   ("llama", {"num_key_value_heads": 3}, "kv_heads: 3 does not divide heads, 4"),
   ("llama", {"num_attention_heads": 0}, "'num_attention_heads', or one before it"),
@@ -473,3 +476,37 @@ def test_a_missing_size_is_named_in_every_family(name, tmp_path):
   del values["vocab_size"]
   with pytest.raises(InputError, match=r"config\.json: the key 'vocab_size' is m"):
     read_config(folder(tmp_path, values))
+
+
+def read(name, values):
+  family = by_name(name)
+  return family.build(read_shape(family.hf.keys, Config(values, "config.json")))
+
+
+def written(name, model):
+  return write_keys(by_name(name), by_name(name).hf.keys, model, "config.json")
+
+
+def test_what_a_second_gemma_leaves_out_is_what_its_makers_mean():
+  """Caps of 50 and 30 and a window of 4096 are the class's own values."""
+  known = written("gemma2", gemma("2-2b"))
+  dropped = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+  less = {key: value for key, value in known.items() if key not in dropped}
+  assert read("gemma2", less) == gemma("2-2b")
+  with pytest.raises(InputError, match="sliding_window_size=7: only sliding_window"):
+    read("gemma2", known | {"sliding_window_size": 7})
+  assert read("gemma2", known | {"sliding_window_size": 4096}) == gemma("2-2b")
+
+
+def test_both_forms_of_rotary_keys_must_agree():
+  known = written("llama", llama("3-8b"))
+  both = known | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+  assert read("llama", both) == llama("3-8b")
+  with pytest.raises(InputError, match="rope_parameters stands too; give one of them"):
+    read("llama", both | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+
+
+def test_a_model_without_a_context_cannot_be_written():
+  model = dataclasses.replace(llama("3-8b"), context=None)
+  with pytest.raises(InputError, match=r"model\.context: max_position_embeddings"):
+    written("llama", model)

@@ -65,18 +65,52 @@ def q4_1(block):
   return [half(block) * int(q) + half(block, 2) for q in (*low, *high)]
 
 
-def q4_k(block):
-  """256 weights, eight groups; 6 bits for a group's scale and for its minimum."""
-  d, least, packed = half(block), half(block, 2), [int(byte) for byte in block[4:16]]
+def five_bits(high, nibbles):
+  """Returns 32 numbers: 4 bits from the nibbles, the fifth from a word of 32."""
+  word = int.from_bytes(bytes(high), "little")
+  low = [*(nibbles & 15), *(nibbles >> 4)]
+  return [int(q) | (word >> i & 1) << 4 for i, q in enumerate(low)]
+
+
+def q5_0(block):
+  return [half(block) * (q - 16) for q in five_bits(block[2:6], block[6:])]
+
+
+def q5_1(block):
+  return [half(block) * q + half(block, 2) for q in five_bits(block[4:8], block[8:])]
+
+
+def scales_and_minima(block):
+  """6 bits for each of eight groups' scale and minimum, in 12 bytes."""
+  packed = [int(byte) for byte in block[4:16]]
   scales = [packed[j] & 63 for j in range(4)]
   scales += [packed[8 + j] & 15 | packed[j] >> 6 << 4 for j in range(4)]
   minima = [packed[4 + j] & 63 for j in range(4)]
   minima += [packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4 for j in range(4)]
+  d, least = half(block), half(block, 2)
+  return [d * scale for scale in scales], [least * minimum for minimum in minima]
+
+
+def q4_k(block):
+  """256 weights, eight groups."""
+  scales, minima = scales_and_minima(block)
   found = []
   for group in range(8):
     start = 16 + 32 * (group // 2)
     quants = block[start : start + 32] >> 4 * (group % 2) & 15
-    found += [d * scales[group] * int(q) - least * minima[group] for q in quants]
+    found += [scales[group] * int(q) - minima[group] for q in quants]
+  return found
+
+
+def q5_k(block):
+  """256 weights, eight groups; a group's fifth bits are one bit of 32 bytes."""
+  scales, minima = scales_and_minima(block)
+  found = []
+  for group in range(8):
+    start = 48 + 32 * (group // 2)
+    low = block[start : start + 32] >> 4 * (group % 2) & 15
+    quants = low | (block[16:48] >> group & 1) << 4
+    found += [scales[group] * int(q) - minima[group] for q in quants]
   return found
 
 
@@ -100,10 +134,13 @@ BLOCKS = {
   Type.Q8_0: q8_0,
   Type.Q4_0: q4_0,
   Type.Q4_1: q4_1,
+  Type.Q5_0: q5_0,
+  Type.Q5_1: q5_1,
   Type.Q4_K: q4_k,
+  Type.Q5_K: q5_k,
   Type.Q6_K: q6_k,
 }
-HALVES = {Type.Q4_K: (0, 2), Type.Q6_K: (208,)}
+HALVES = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}
 """Where float16 stand in a block that no package of Python writes."""
 
 
@@ -354,14 +391,14 @@ def test_words_that_are_none_are_refused(whole):
   refused(whole, "not a whole GGUF file")
 
 
-@pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q3_K, Type.IQ4_NL, Type.TQ1_0])
+@pytest.mark.parametrize("kind", [Type.Q3_K, Type.IQ4_NL, Type.TQ1_0])
 def test_a_type_that_is_not_read_is_refused(kind, tmp_path):
   _, size = gguf.GGML_QUANT_SIZES[kind]
   tensors = wide_tensors()
   blocks = 256 // gguf.GGML_QUANT_SIZES[kind][0]
   tensors["blk.0.attn_q.weight"] = (np.zeros((256, blocks * size), np.uint8), kind)
   file = write(tmp_path / "a.gguf", tensors, **WIDE)
-  known = "read are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K"
+  known = "read are F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q5_1, Q5_0, Q4_K, Q4_1, Q4_0"
   refused(file, f"the tensor 'blk.0.attn_q.weight' is {kind.name}; {known}")
 
 

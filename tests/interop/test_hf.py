@@ -330,16 +330,23 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
       lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}),
       rf"model\.safetensors: the tensor '{QUERY}' is I8; read are F64, F32, F16, BF16",
     ),
-    (
-      lambda t: t[QUERY].__setitem__((3, 4), np.nan),
-      rf"the tensor '{QUERY}' has a value that is not finite",
-    ),
   ],
 )
 def test_wrong_tensors_are_refused_by_name(change, message, tmp_path):
   folder = copied("llama", tmp_path)
   edit(folder, change)
   refused(folder, message)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_values_that_are_not_finite_are_refused(value, dtype, tmp_path):
+  folder = copied("llama", tmp_path)
+  dtype = jnp.dtype(dtype)
+  edit(folder, lambda t: t.update({QUERY: t[QUERY].astype(dtype)}))
+  read(folder)
+  edit(folder, lambda t: t[QUERY].__setitem__((-1, -1), value))
+  refused(folder, rf"the tensor '{QUERY}' has a value that is not finite")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,16 @@ import sys
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.models.spec import GLU, GQA, LM, Block, LongScaling, NTKScaling, RoPE
+from jaxlm.models.spec import (
+  GLU,
+  GQA,
+  LM,
+  Block,
+  LongScaling,
+  NTKScaling,
+  RoPE,
+  for_length,
+)
 
 BLOCK = Block(mixer=GQA(heads=4, kv_heads=2, head_dim=8), mlp=GLU(hidden=8))
 
@@ -69,3 +78,20 @@ def test_specs_and_counts_need_no_jax():
 def test_rotary_dims_come_in_pairs(head_dim, rope):
   with pytest.raises(InputError, match=r"positions\.(fraction|scaling): "):
     GQA(heads=2, kv_heads=1, head_dim=head_dim, positions=rope)
+
+
+def test_a_length_chooses_the_factors_of_every_block():
+  scaling = LongScaling(
+    short=(1.0,) * 4, long=(2.0,) * 4, original_length=4, length=99, magnitude=1.0
+  )
+  long = Block(
+    mixer=GQA(heads=2, kv_heads=1, head_dim=8, positions=RoPE(scaling=scaling)),
+    mlp=None,
+  )
+  spec = LM(vocab=8, dim=8, prefix=(long, BLOCK), pattern=(long,), repeats=2)
+  found = for_length(spec, 3)
+  lengths = [
+    b.mixer.positions.scaling and b.mixer.positions.scaling.length for b in found.blocks
+  ]
+  assert lengths == [3, None, 3, 3]
+  assert for_length(found, 99) == spec

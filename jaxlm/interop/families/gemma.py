@@ -95,7 +95,19 @@ _LATER = (
   *_COMMON, _activation("hidden_activation"),
   inverse_square("query_pre_attn_scalar", "scale", 256),
 )  # fmt: skip
-_FINAL_CAP = same("final_logit_softcapping", "final_softcap", None)
+
+
+def _same_window() -> Key:
+  """The larger models of the second release say the window twice."""
+
+  def read(config: Config) -> Fields:
+    window = config.take("sliding_window", 4096)
+    if config.take("sliding_window_size", window) != window:
+      raise config.refuse("sliding_window_size", f"only sliding_window={window} is.")
+    return {}
+
+  return Key(read, lambda shape: {})
+
 
 GEMMA = Family(
   name="gemma",
@@ -117,8 +129,9 @@ GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     keys=(
-      *_LATER, rope(), same("attn_logit_softcapping", "softcap", None), _FINAL_CAP,
-      windows(_second), idle("cache_implementation"),
+      *_LATER, rope(), same("attn_logit_softcapping", "softcap", 50.0),
+      same("final_logit_softcapping", "final_softcap", 30.0),
+      windows(_second, 4096), _same_window(), idle("cache_implementation"),
     ),
     table=SANDWICH,
     prefix="model.",
@@ -126,7 +139,7 @@ GEMMA2 = Family(
   gguf=GGUF(
     "gemma2",
     (
-      *gg.SIZES, gg.rope(), gg.eps(), *gg.CAPS, gg.window(every=2),
+      *gg.SIZES, gg.rope(), gg.eps(), *gg.CAPS, gg.window(every=2, size=4096),
       gg.scale_of_27b(layers=46),
     ),
     GGUF_TABLE,
@@ -140,7 +153,8 @@ GEMMA3 = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     keys=(
-      *_LATER, two_ropes(1e6, 1e4), _FINAL_CAP, windows(_third),
+      *_LATER, two_ropes(1e6, 1e4), windows(_third, 4096),
+      same("final_logit_softcapping", "final_softcap", None),
       fixed("attn_logit_softcapping", None, default=None), idle("cache_implementation"),
     ),
     table=SANDWICH,

@@ -93,7 +93,8 @@ GPT2 = Family(
       idle(
         "attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_activation",
         "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-        "summary_use_proj", "task_specific_params",
+        "summary_use_proj", "task_specific_params", "n_special",
+        "predict_special_tokens", "output_past", "_num_labels", "id2label", "label2id",
       ),
     ),
     table=TABLE,

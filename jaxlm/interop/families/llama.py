@@ -75,9 +75,9 @@ LLAMA = Family(
       *SIZES, kv_heads(), head_dim(), eps(1e-6), tied(False), rope(), silu(),
       attention_bias(), mapped("mlp_bias", "mlp_bias", BIASES, False),
       # SmolLM2's configs tell how it was trained and which program may read it.
-      idle("is_llama_config", "rope_interleaved", "transformers.js_config"),
+      idle("is_llama_config", "pretraining_tp", "transformers.js_config"),
       idle("max_sequence_length"),
-      fixed("pretraining_tp", 1, default=1),
+      fixed("rope_interleaved", False, default=False),
     ),
     table=TABLE,
     prefix="model.",
@@ -92,7 +92,7 @@ MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     keys=(
-      *SIZES, kv_heads(), head_dim(), eps(1e-6), tied(False), rope(), silu(),
+      *SIZES, kv_heads(8), head_dim(), eps(1e-6), tied(False), rope(), silu(),
       same("sliding_window", "window", 4096),
     ),
     table=TABLE,

@@ -12,7 +12,7 @@ from jaxlm.interop.family import (
   silu,
   tied,
 )  # fmt: skip
-from jaxlm.interop.keys import same
+from jaxlm.interop.keys import fixed, same
 from jaxlm.interop.names import Table, fused, row
 from jaxlm.interop.rotary import partial_rope
 from jaxlm.models.families import llama
@@ -56,6 +56,9 @@ PHI3 = Family(
     keys=(
       *SIZES, kv_heads(), eps(1e-5), tied(False), partial_rope(), silu(),
       attention_bias(), same("sliding_window", "window", None),
+      fixed("mlp_bias", False, default=False),
+      fixed("lm_head_bias", False, default=False),
+      fixed("full_attn_mod", 1, default=1), fixed("interpolate_factor", 1, default=1),
     ),
     table=TABLE,
     prefix="model.",

@@ -85,7 +85,7 @@ QWEN3 = Family(
   hf=HuggingFace(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    keys=(*_COMMON, head_dim(), attention_bias()),
+    keys=(*_COMMON, head_dim(128), attention_bias()),
     table=TABLE + _NORMS,
     prefix="model.",
   ),
