@@ -26,6 +26,18 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run's checkpoints and metrics."
 )
+_POD = flags.DEFINE_string(
+  "pod",
+  "auto",
+  "How this process finds the others of a pod: auto (Slurm, GKE, Cloud TPU, "
+  "jaxlm-local), none, or HOST:PORT,PROCESSES,PROCESS.",
+)
+_PLAN = flags.DEFINE_string(
+  "plan",
+  None,
+  "Compile the run's step for chips that are not here, tell what it needs, and exit: "
+  "v5p:4x4x4, v6e:16x16@data=2,fsdp=128, h100:8; several are ranked.",
+)
 _EXPLAIN = flags.DEFINE_bool(
   "explain", False, "Print every field of the config with its type and doc, and exit."
 )
@@ -56,7 +68,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _help() -> str:
-  options = [_CONFIG, _WORKDIR, _EXPLAIN]
+  options = [_CONFIG, _WORKDIR, _POD, _PLAN, _EXPLAIN]
   lines = [f"  --{option.name}: {flags.FLAGS[option.name].help}" for option in options]
   lines.append("  --helpfull: The flags of absl too.")
   wrapped = [textwrap.fill(line, 88, subsequent_indent="    ") for line in lines]
@@ -74,7 +86,10 @@ def _start(cfg: Any) -> None:
     raise InputError(
       f"--workdir: {type(cfg).__name__} keeps nothing there; leave it out"
     )
-  cfg.run(*[_WORKDIR.value] * len(takes))
+  from jaxlm.launch import members  # imports jax, which --help can do without
+
+  workdirs = [_WORKDIR.value] if takes and _WORKDIR.value else []
+  members.run(cfg.run, workdirs, _POD.value)
 
 
 def main() -> None:
@@ -97,6 +112,10 @@ def main() -> None:
     cfg = config.override(config.load(_CONFIG.value), overrides)
     if _EXPLAIN.value:
       print(config.explain(cfg))
+    elif _PLAN.value is not None:
+      from jaxlm.runs.plan import plan  # imports jax
+
+      plan(cfg, _PLAN.value)
     else:
       _start(cfg)
 

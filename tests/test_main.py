@@ -168,7 +168,8 @@ def test_split_overrides_stops_at_two_dashes():
 
 def test_the_flags_are_few():
   defined = flags.FLAGS.flags_by_module_dict()[cli.__name__]
-  assert sorted(flag.name for flag in defined) == ["config", "explain", "workdir"]
+  names = ["config", "explain", "plan", "pod", "workdir"]
+  assert sorted(flag.name for flag in defined) == names
 
 
 def test_help_is_quick_and_leaves_jax_out():

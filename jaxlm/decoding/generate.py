@@ -39,10 +39,9 @@ def generate(
   prompts_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
   for row, prompt in zip(prompts_BT, prompts, strict=True):
     row[: len(prompt)] = prompt
-  keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-    jnp.arange(len(prompts))
+  new_BT = _run(
+    decoder, sampling, tokens, end, params, prompts_BT, lengths_B, np.uint32(seed)
   )
-  new_BT = _run(decoder, sampling, tokens, end, params, prompts_BT, lengths_B, keys_B)
   rows = np.asarray(new_BT).tolist()
   return [row[: row.index(end)] if end in row else row for row in rows]
 
@@ -71,9 +70,12 @@ def _run(
   params: PyTree,
   prompts_BT: Int[Array, "B T"],
   lengths_B: Int[Array, "B"],
-  keys_B: Array,
+  seed: Array,
 ) -> Int[Array, "B T"]:
   B, T = prompts_BT.shape
+  keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+    jnp.arange(B)
+  )
   cache = caches.empty(decoder.spec, B, T + tokens, decoder.precision.compute)
   x_BTD, cache = decoder.apply({"params": params}, prompts_BT, cache=cache)
   last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
@@ -95,4 +97,5 @@ def _run(
   first_B = choose(last_B1D, jnp.zeros((), jnp.int32))
   carry = (cache, first_B, first_B == end)
   _, rest_TB = jax.lax.scan(one, carry, jnp.arange(tokens - 1))
-  return jnp.concatenate((first_B[:, None], rest_TB.T), axis=1)
+  new_BT = jnp.concatenate((first_B[:, None], rest_TB.T), axis=1)
+  return decoder.layout.constrain(new_BT, None, None)

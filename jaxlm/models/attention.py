@@ -10,7 +10,8 @@ from jaxlm.models import spec as specs
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import bias, matrix
 from jaxlm.models.positions import rope_frequencies
-from jaxlm.ops.attention import Scoring, attend, attend_blocks
+from jaxlm.ops.attention import Scoring, attend
+from jaxlm.ops.kernels.choice import Kernel, Work, attend_sequences
 from jaxlm.ops.masks import attention_mask
 from jaxlm.ops.rope import alibi_slopes, rotate
 from jaxlm.ops.weights import einsum
@@ -32,6 +33,7 @@ class Attention(nn.Module):
   precision: specs.Precision
   layout: Layout
   depth: int
+  kernel: Kernel = "auto"
 
   @nn.compact
   def __call__(
@@ -60,8 +62,15 @@ class Attention(nn.Module):
       k_BTGK = rotate(k_BTGK, positions_BT, frequencies, magnitude=magnitude)
     if cache is None:
       whole = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
-      out_BTHK = attend_blocks(
-        self._scoring(), q_BTHK, k_BTGK, v_BTGK, positions_BT, whole
+      # A first pass that makes parameters sees one token, which no fused kernel takes.
+      kernel = "blocks" if self.is_initializing() else self.kernel
+      length, dtype = x_BTD.shape[1], str(q_BTHK.dtype)
+      out_BTHK = attend_sequences(
+        kernel,
+        work_of(self.spec, length, dtype),
+        self.layout,
+        (q_BTHK, k_BTGK, v_BTGK),
+        (positions_BT, whole),
       )
     else:
       if segments_BT is not None:
@@ -100,20 +109,27 @@ class Attention(nn.Module):
       y += bias(self, "o_bias", (dim,), dtype).astype(y.dtype)[None, None]
     return y
 
-  def _scoring(self) -> Scoring:
-    slopes = None
-    if isinstance(self.spec.positions, specs.ALiBi):
-      slopes = tuple(alibi_slopes(self.spec.heads).tolist())
-    scale = self.spec.head_dim**-0.5 if self.spec.scale is None else self.spec.scale
-    return Scoring(scale, self.spec.softcap, slopes, self.spec.window)
-
   def _read(self, cache: KVCache, q_BTHK: Array, positions_BT: Array) -> Array:
     k_BSGK, v_BSGK = (a.astype(q_BTHK.dtype) for a in cache)
     B, S = k_BSGK.shape[:2]
     slots_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
     mask_BTS = attention_mask(positions_BT, slots_BS, window=self.spec.window)
     distance_BTS = positions_BT[:, :, None] - slots_BS[:, None]
-    return attend(self._scoring(), q_BTHK, k_BSGK, v_BSGK, mask_BTS, distance_BTS)
+    return attend(scoring_of(self.spec), q_BTHK, k_BSGK, v_BSGK, mask_BTS, distance_BTS)
+
+
+def scoring_of(spec: specs.GQA) -> Scoring:
+  """Returns how queries and keys make scores."""
+  slopes = None
+  if isinstance(spec.positions, specs.ALiBi):
+    slopes = tuple(alibi_slopes(spec.heads).tolist())
+  scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+  return Scoring(scale, spec.softcap, slopes, spec.window)
+
+
+def work_of(spec: specs.GQA, length: int, dtype: str) -> Work:
+  """Returns what attention over sequences of a length has to do."""
+  return Work(scoring_of(spec), spec.heads, spec.kv_heads, spec.head_dim, length, dtype)
 
 
 def _write(cache: KVCache, k: Array, v: Array, positions_BT: Array) -> KVCache:

@@ -17,7 +17,8 @@ from jaxlm.models.attention import Attention
 from jaxlm.models.mlp import FeedForward
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import matrix, table
-from jaxlm.ops.attention import soft_cap
+from jaxlm.ops.attention import KEPT, soft_cap
+from jaxlm.ops.kernels.choice import Kernel
 from jaxlm.ops.rope import sinusoids
 from jaxlm.ops.weights import einsum, lookup
 from jaxlm.shapes import Array, Float, Int, PyTree
@@ -29,10 +30,15 @@ MODULES: dict[type, type[nn.Module]] = {
   specs.MLP: FeedForward,
 }
 
+# Products with weights have no batch dimension; those of attention have, and its scores
+# are T x T: of attention only what its kernel names is ever kept.
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 POLICIES: dict[str, Callable[..., Any] | None] = {
   "full": None,
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_without_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    _PRODUCTS, jax.checkpoint_policies.save_only_these_names(KEPT)
+  ),
+  "dots_without_batch": _PRODUCTS,
 }
 
 
@@ -43,6 +49,7 @@ class Block(nn.Module):
   precision: specs.Precision
   layout: Layout
   depth: int
+  attention: Kernel = "auto"
 
   @nn.compact
   def __call__(
@@ -50,7 +57,8 @@ class Block(nn.Module):
   ) -> tuple[Array, Any]:
     """Returns the residual stream and this block's cache."""
     shared = (self.precision, self.layout, self.depth)
-    mixer = MODULES[type(self.spec.mixer)](self.spec.mixer, *shared, name="mixer")
+    module = MODULES[type(self.spec.mixer)]
+    mixer = module(self.spec.mixer, *shared, self.attention, name="mixer")
 
     def mix(y_BTD: Array) -> Array:
       nonlocal cache
@@ -76,7 +84,7 @@ class Block(nn.Module):
         x_BTD += norm("post", fn(x_BTD))
       case "sandwich":
         x_BTD += norm("post", fn(norm("pre", x_BTD)))
-    return self.layout.constrain(x_BTD, "batch", "sequence", "residual")
+    return self.layout.constrain(x_BTD, "batch", "stream", "residual")
 
 
 class Pattern(nn.Module):
@@ -86,6 +94,7 @@ class Pattern(nn.Module):
   precision: specs.Precision
   layout: Layout
   remat: specs.Remat
+  attention: Kernel
 
   @nn.compact
   def __call__(
@@ -95,7 +104,12 @@ class Pattern(nn.Module):
     new = []
     for i, (block, cache) in enumerate(zip(self.spec.pattern, caches, strict=True)):
       run = remat(Block, self.remat, prevent_cse=False)(
-        block, self.precision, self.layout, len(self.spec.blocks), name=str(i)
+        block,
+        self.precision,
+        self.layout,
+        len(self.spec.blocks),
+        self.attention,
+        name=str(i),
       )
       x_BTD, cache = run(x_BTD, cache, positions_BT, segments_BT)
       new.append(cache)
@@ -149,7 +163,7 @@ class Embed(nn.Module):
         x_BTD += sinusoids(positions_BT, dim, base).astype(x_BTD.dtype)
     if self.spec.embed_norm is not None:
       x_BTD = Norm(self.spec.embed_norm, dtypes, name="norm")(x_BTD)
-    return self.layout.constrain(x_BTD, "batch", "sequence", "residual")
+    return self.layout.constrain(x_BTD, "batch", "stream", "residual")
 
 
 class Decoder(nn.Module):
@@ -159,6 +173,7 @@ class Decoder(nn.Module):
   precision: specs.Precision
   layout: Layout
   remat: specs.Remat = "none"
+  attention: Kernel = "auto"
 
   @nn.compact
   def __call__(
@@ -189,6 +204,7 @@ class Decoder(nn.Module):
         self.precision,
         self.layout,
         len(self.spec.blocks),
+        self.attention,
         name=f"prefix_{i}",
       )
       x_BTD, new = run(x_BTD, caches["prefix"][i], positions_BT, segments_BT)
@@ -212,7 +228,8 @@ class Decoder(nn.Module):
       length=self.spec.repeats,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    layers = scanned(self.spec, self.precision, self.layout, self.remat, name="layers")
+    shared = (self.precision, self.layout, self.remat, self.attention)
+    layers = scanned(self.spec, *shared, name="layers")
     return layers(x_BTD, caches, positions_BT, segments_BT)
 
 

@@ -1,15 +1,35 @@
-"""How a module declares a parameter: shape, logical axes, first values."""
+"""How a module declares a parameter: shape, logical axes, first values.
+
+A parameter stands constrained to its own sharding. That changes nothing forward; of its
+gradient it says, where it is made, that each device sums its own shard alone.
+"""
 
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 
 from jaxlm.shapes import Array
+from jaxlm.sharding.rules import Layout
+
+
+@runtime_checkable
+class Owner(Protocol):
+  """A module that declares parameters."""
+
+  @property
+  def layout(self) -> Layout:
+    """Where its arrays live."""
+    ...
+
+  @property
+  def param(self) -> Any:
+    """Linen's own `param`."""
+    ...
 
 
 def matrix(
-  module: nn.Module,
+  module: Owner,
   name: str,
   shape: tuple[int, ...],
   axes: tuple[str, ...],
@@ -26,11 +46,11 @@ def matrix(
   init: Any = nn.with_logical_partitioning(
     nn.initializers.truncated_normal(deviation), axes
   )
-  return module.param(name, init, shape, dtype)
+  return module.layout.constrain(module.param(name, init, shape, dtype), *axes)
 
 
 def table(
-  module: nn.Module,
+  module: Owner,
   name: str,
   shape: tuple[int, ...],
   axes: tuple[str, ...],
@@ -38,10 +58,10 @@ def table(
 ) -> Array:
   """Declares an embedding: a normal of deviation 0.02 (Radford et al. 2019)."""
   init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-  return module.param(name, init, shape, dtype)
+  return module.layout.constrain(module.param(name, init, shape, dtype), *axes)
 
 
-def bias(module: nn.Module, name: str, shape: tuple[int, ...], dtype: str) -> Array:
+def bias(module: Owner, name: str, shape: tuple[int, ...], dtype: str) -> Array:
   """Declares a bias of zeros, kept whole on each device."""
   axes = (None,) * (len(shape) - 1) + ("norm",)
   init: Any = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)

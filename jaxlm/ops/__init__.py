@@ -5,5 +5,7 @@ attention.py  scores, softmax, values: grouped heads, softcap, bias, mask
 masks.py      who may attend to whom: causal, segments, windows
 rope.py       rotary positions and their scalings, sinusoids, ALiBi slopes
 fusion.py     where XLA's CPU compiler must not fuse
+collectives.py  sums over devices of which each keeps a shard
+kernels/      fused attention kernels and the choice between them
 losses.py     next-token cross-entropy in chunks that never holds all logits
 """

@@ -3,8 +3,7 @@
 `attend` takes any mask and is the reference; it serves cached decoding. `attend_blocks`
 is for a whole sequence: it walks over blocks of queries, sees only the keys that
 causality and the window leave, and keeps no score for the backward pass (Rabe & Staats
-2021; Dao et al. 2022). Alive at a time are the scores of one block: 128 T a head up to
-T = 2,048, and a sixteenth of T squared beyond.
+2021; Dao et al. 2022). Alive at a time are 128 T scores a head, at any length.
 """
 
 import functools
@@ -13,12 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.ops.fusion import unfused
 from jaxlm.ops.masks import attention_mask
 from jaxlm.shapes import Array, Bool, Float, Int
 
 LEAST = float(np.finfo(np.float32).min)
+QUERIES = 128
+"""Queries whose scores are alive at a time."""
+KEPT = "attention"
+"""The name under which remat policies find what the backward pass needs of a kernel."""
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
@@ -85,8 +89,12 @@ def attend_blocks(
 
 
 def block_of(length: int) -> int:
-  """Returns the queries of a block: 128, or more so that 16 blocks are enough."""
-  return max(128, -(-length // 16))
+  """Returns the queries of a block, a multiple of 128 so that 16 blocks are enough.
+
+  The blocks of a program are written out one by one, each with the keys that it sees;
+  inside a block a loop runs over 128 queries at a time.
+  """
+  return QUERIES * max(1, -(-length // (16 * QUERIES)))
 
 
 def _scores(scoring: Scoring, q_BGRTK, k_BGSK, mask_BTS, distance_BTS):
@@ -111,26 +119,73 @@ def _spans(length: int, window: int | None) -> list[tuple[int, int, int]]:
   spans = []
   for first in range(0, length, block):
     reach = 0 if window is None else max(first - window + 1, 0)
-    spans.append((reach, first, min(first + block, length)))
+    end = min(first + block, length)
+    whole = first + (end - first) // QUERIES * QUERIES
+    spans += [
+      (reach, *part) for part in ((first, whole), (whole, end)) if part[0] < part[1]
+    ]
   return spans
 
 
-def _block(scoring: Scoring, span, q_BGRTK, k_BGTK, positions_BT, segments_BT):
-  """Returns the masked scores of one block and the softcap's derivative."""
-  reach, first, end = span
-  keys, queries = slice(reach, end), slice(first, end)
+def _block(scoring: Scoring, block: "_Queries", keys: "_Keys"):
+  """Returns the masked scores of some queries and the softcap's derivative."""
   mask_BTS = attention_mask(
-    positions_BT[:, queries],
-    positions_BT[:, keys],
+    block.positions_BT,
+    keys.positions_BS,
     window=scoring.window,
-    segments_BT=segments_BT[:, queries],
-    key_segments_BS=segments_BT[:, keys],
+    segments_BT=block.segments_BT,
+    key_segments_BS=keys.segments_BS,
   )
-  distance_BTS = positions_BT[:, queries, None] - positions_BT[:, None, keys]
-  scores, slope = _scores(
-    scoring, q_BGRTK[:, :, :, queries], k_BGTK[:, :, keys], mask_BTS, distance_BTS
-  )
+  distance_BTS = block.positions_BT[:, :, None] - keys.positions_BS[:, None]
+  scores, slope = _scores(scoring, block.q_BGRTK, keys.k_BGSK, mask_BTS, distance_BTS)
   return unfused(scores), slope
+
+
+class _Queries(NamedTuple):
+  """What is told of queries; some fields for the backward pass alone."""
+
+  q_BGRTK: Array
+  positions_BT: Array
+  segments_BT: Array
+  partition_BGRT1: Any = None
+  mean_BGRT1: Any = None
+  dout_BGRTK: Any = None
+
+  def part(self, first: int, end: int) -> "_Queries":
+    """Returns some of the queries."""
+    cut = lambda a: a[:, first:end] if a.ndim == 2 else a[:, :, :, first:end]  # noqa: E731
+    return jax.tree.map(cut, self)
+
+  def split(self) -> "_Queries":
+    """Returns the queries as a stack of blocks of 128, for a loop."""
+
+    def stack(a: Array) -> Array:
+      axis = 1 if a.ndim == 2 else 3
+      blocks = a.shape[axis] // QUERIES
+      a = a.reshape(*a.shape[:axis], blocks, QUERIES, *a.shape[axis + 1 :])
+      return jnp.moveaxis(a, axis, 0)
+
+    return jax.tree.map(stack, self)
+
+
+class _Keys(NamedTuple):
+  """Keys and values that a block of queries sees."""
+
+  k_BGSK: Array
+  v_BGSK: Array
+  positions_BS: Array
+  segments_BS: Array
+
+  def part(self, first: int, end: int) -> "_Keys":
+    """Returns some of the keys."""
+    cut = lambda a: a[:, first:end] if a.ndim == 2 else a[:, :, first:end]  # noqa: E731
+    return jax.tree.map(cut, self)
+
+
+def _joined(blocks_NBGRTK: Array) -> Array:
+  """Puts a stack of blocks back in a row."""
+  a = jnp.moveaxis(blocks_NBGRTK, 0, 3)
+  return a.reshape(*a.shape[:3], -1, a.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,51 +200,85 @@ def _attend_forward(
   scoring: Scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT
 ):
   outs, partitions = [], []
-  for span in _spans(q_BGRTK.shape[3], scoring.window):
-    scores, _ = _block(scoring, span, q_BGRTK, k_BGTK, positions_BT, segments_BT)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    exps = unfused(jnp.exp(scores - top))
-    total = jnp.sum(exps, axis=-1, keepdims=True)
-    out = jnp.einsum(
-      "BGRTS,BGSK->BGRTK",
-      exps.astype(v_BGTK.dtype),
-      v_BGTK[:, :, span[0] : span[2]],
-      preferred_element_type=jnp.float32,
-    )
-    outs.append((out / total).astype(q_BGRTK.dtype))
-    partitions.append(jnp.log(total) + top)
-  out_BGRTK = jnp.concatenate(outs, axis=3)
+  queries = _Queries(q_BGRTK, positions_BT, segments_BT)
+  keys = _Keys(k_BGTK, v_BGTK, positions_BT, segments_BT)
+  for reach, first, end in _spans(q_BGRTK.shape[3], scoring.window):
+    seen = keys.part(reach, end)
+    block = queries.part(first, end)
+    if end - first <= QUERIES:
+      out, partition = _values(scoring, block, seen)
+    else:
+      stacks = jax.lax.map(lambda b, k=seen: _values(scoring, b, k), block.split())
+      out, partition = (_joined(stack) for stack in stacks)
+    outs.append(out)
+    partitions.append(partition)
+  out_BGRTK = checkpoint_name(jnp.concatenate(outs, axis=3), KEPT)
+  partition_BGRT1 = checkpoint_name(jnp.concatenate(partitions, axis=3), KEPT)
   kept = (q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT, out_BGRTK)
-  return out_BGRTK, (*kept, jnp.concatenate(partitions, axis=3))
+  return out_BGRTK, (*kept, partition_BGRT1)
+
+
+def _values(scoring: Scoring, block: _Queries, keys: _Keys) -> tuple[Array, Array]:
+  """Returns what some queries take from the values, and their log-partitions."""
+  scores, _ = _block(scoring, block, keys)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  exps = unfused(jnp.exp(scores - top))
+  total = jnp.sum(exps, axis=-1, keepdims=True)
+  out = jnp.einsum(
+    "BGRTS,BGSK->BGRTK",
+    exps.astype(keys.v_BGSK.dtype),
+    keys.v_BGSK,
+    preferred_element_type=jnp.float32,
+  )
+  return (out / total).astype(block.q_BGRTK.dtype), jnp.log(total) + top
 
 
 def _attend_backward(scoring: Scoring, kept, dout_BGRTK):
   q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT, out_BGRTK, partition = kept
-  exact = {"preferred_element_type": jnp.float32}
-  dtype = q_BGRTK.dtype
   weighted = dout_BGRTK.astype(jnp.float32) * out_BGRTK.astype(jnp.float32)
   mean = jnp.sum(weighted, axis=-1, keepdims=True)
+  places = (positions_BT, segments_BT)
+  queries = _Queries(q_BGRTK, *places, partition, mean, dout_BGRTK)
+  keys = _Keys(k_BGTK, v_BGTK, *places)
   dqs = []
   dk_BGTK = jnp.zeros(k_BGTK.shape, jnp.float32)
   dv_BGTK = jnp.zeros(v_BGTK.shape, jnp.float32)
-  for span in _spans(q_BGRTK.shape[3], scoring.window):
-    reach, first, end = span
-    dout = dout_BGRTK[:, :, :, first:end]
-    scores, slope = _block(scoring, span, q_BGRTK, k_BGTK, positions_BT, segments_BT)
-    weights = jnp.exp(scores - partition[:, :, :, first:end])
-    weights = unfused(weights)
-    dv = jnp.einsum("BGRTS,BGRTK->BGSK", weights.astype(dtype), dout, **exact)
-    dweights = jnp.einsum("BGRTK,BGSK->BGRTS", dout, v_BGTK[:, :, reach:end], **exact)
-    dscores = weights * (dweights - mean[:, :, :, first:end]) * scoring.scale
-    if slope is not None:
-      dscores *= slope
-    dscores = unfused(dscores.astype(dtype))
-    dqs.append(jnp.einsum("BGRTS,BGSK->BGRTK", dscores, k_BGTK[:, :, reach:end]))
-    dk = jnp.einsum("BGRTS,BGRTK->BGSK", dscores, q_BGRTK[:, :, :, first:end], **exact)
+  for reach, first, end in _spans(q_BGRTK.shape[3], scoring.window):
+    seen, block = keys.part(reach, end), queries.part(first, end)
+    if end - first <= QUERIES:
+      (dk, dv), dq = _gradients(scoring, block, seen)
+    else:
+
+      def add(sums, block, seen=seen):
+        of_keys, dq = _gradients(scoring, block, seen)
+        return jax.tree.map(jnp.add, sums, of_keys), dq
+
+      zero = jnp.zeros(seen.k_BGSK.shape, jnp.float32)
+      (dk, dv), stack = jax.lax.scan(add, (zero, zero), block.split())
+      dq = _joined(stack)
+    dqs.append(dq)
     dk_BGTK = dk_BGTK.at[:, :, reach:end].add(dk)
     dv_BGTK = dv_BGTK.at[:, :, reach:end].add(dv)
   dq_BGRTK = jnp.concatenate(dqs, axis=3)
+  dtype = q_BGRTK.dtype
   return dq_BGRTK, dk_BGTK.astype(dtype), dv_BGTK.astype(dtype), None, None
+
+
+def _gradients(scoring: Scoring, block: _Queries, keys: _Keys):
+  """Returns the parts of dk and dv that some queries make, and their own dq."""
+  exact = {"preferred_element_type": jnp.float32}
+  dtype, dout = block.q_BGRTK.dtype, block.dout_BGRTK
+  scores, slope = _block(scoring, block, keys)
+  weights = unfused(jnp.exp(scores - block.partition_BGRT1))
+  dv = jnp.einsum("BGRTS,BGRTK->BGSK", weights.astype(dtype), dout, **exact)
+  dweights = jnp.einsum("BGRTK,BGSK->BGRTS", dout, keys.v_BGSK, **exact)
+  dscores = weights * (dweights - block.mean_BGRT1) * scoring.scale
+  if slope is not None:
+    dscores *= slope
+  dscores = unfused(dscores.astype(dtype))
+  dq = jnp.einsum("BGRTS,BGSK->BGRTK", dscores, keys.k_BGSK)
+  dk = jnp.einsum("BGRTS,BGRTK->BGSK", dscores, block.q_BGRTK, **exact)
+  return (dk, dv), dq
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

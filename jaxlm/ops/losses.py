@@ -2,8 +2,8 @@
 
 The logits of a whole sequence are never held: each device walks over its own rows a
 chunk at a time, and since the loss is a sum, the gradients are made in the same walk,
-with no second product. The head is gathered once before the walk and its gradient is
-reduced once after it.
+with no second product. The head is gathered once before the walk, in the dtype of the
+products, and its gradient is summed once after it, each device its own shard.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.ops.attention import soft_cap
+from jaxlm.ops.collectives import scatter_sum
 from jaxlm.shapes import Array, Float, Int
 from jaxlm.sharding.rules import Layout
 
@@ -91,10 +92,16 @@ def _walk(
   over = rules.batch + rules.sequence
   rows = rules.spec(("batch", "sequence"))
   residual = rules.spec(("batch", "sequence", None))
-  head = PartitionSpec(None, rules.vocab)
+  # The gradient lands on the shard of the head, along the axes that split rows as well.
+  split = tuple(axis for axis in rules.embed if axis in over)
+  rest = tuple(axis for axis in over if axis not in split)
+  head = PartitionSpec(split, rules.vocab)
+  platform = shape.layout.mesh.devices.flat[0].platform
 
   def local(x_BTD, head_DV, targets_BT, weights_BT) -> Walked:
     compute_DV = head_DV.astype(x_BTD.dtype)
+    if split:
+      compute_DV = jax.lax.all_gather(compute_DV, split, axis=0, tiled=True)
     if rules.vocab:
       targets_BT -= jax.lax.axis_index(rules.vocab) * head_DV.shape[1]
     walked = _walk_rows(shape, x_BTD, compute_DV, targets_BT, weights_BT, grads)
@@ -103,8 +110,11 @@ def _walk(
     if walked.dx is None or walked.dhead is None:
       return Walked(terms, None, None)
     dx = jax.lax.psum(walked.dx, rules.vocab) if rules.vocab else walked.dx
-    dhead = jax.lax.psum(walked.dhead, over).astype(head_DV.dtype)
-    return Walked(terms, dx.astype(x_BTD.dtype), dhead)
+    dhead = walked.dhead
+    if split:
+      dhead = scatter_sum(dhead, split, platform)
+    dhead = jax.lax.psum(dhead, rest) if rest else dhead
+    return Walked(terms, dx.astype(x_BTD.dtype), dhead.astype(head_DV.dtype))
 
   terms = LossTerms(PartitionSpec(), rows, PartitionSpec())  # type: ignore[arg-type]
   out = Walked(terms, residual if grads else None, head if grads else None)  # type: ignore[arg-type]
@@ -182,5 +192,7 @@ def _chunk(shape: LossShape, chunk, head_DV: Array, grads: bool) -> Walked:
     d_NV *= 1.0 - jnp.square(logits_NV / shape.softcap)
   d_NV = d_NV.astype(x_ND.dtype)
   dx_ND = jnp.dot(d_NV, head_DV.T, preferred_element_type=jnp.float32)
+  if not over:
+    dx_ND = dx_ND.astype(x_ND.dtype)  # else the sum over the vocabulary comes first
   dhead_DV = jnp.dot(x_ND.T, d_NV, preferred_element_type=jnp.float32)
   return Walked(terms, dx_ND, dhead_DV)

@@ -1,6 +1,8 @@
 """Where the rooms meet: one file a kind of run, each a frozen dataclass with `run`.
 
 train.py    trains a model by an objective, from the first step or a checkpoint
+assembled.py  what a run and its plan share
+plan.py     what a run will need, compiled ahead for chips that are not here
 initial.py  what such a run takes from a pretrained model
 convert.py  a checkpoint from one format to another
 chat.py     a chat in the terminal

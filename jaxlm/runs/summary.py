@@ -5,6 +5,9 @@ import math
 import jax
 
 from jaxlm.models import count, spec
+from jaxlm.models.attention import work_of
+from jaxlm.models.decoder import Decoder
+from jaxlm.ops.kernels.choice import choose
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training.optimizers import Optimizer
@@ -42,6 +45,22 @@ def describe_layout(layout: Layout, plan: Plan) -> str:
   )
 
 
+def describe_parameters(layout: Layout, plan: Plan) -> str:
+  """Returns a table: each parameter, its shape, which mesh axes split it, its share."""
+  if layout.mesh.size == 1:
+    return "sharding: one device, nothing is split"
+  placed = named_leaves(plan.shardings.params)
+  rows = []
+  for name, leaf in named_leaves(plan.shapes.params).items():
+    spec = placed[name].spec
+    split = ", ".join(str(axes or "-").replace("'", "") for axes in spec)
+    part = math.prod(leaf.shape) // math.prod(placed[name].shard_shape(leaf.shape))
+    rows.append((name, "x".join(map(str, leaf.shape)), split, f"1/{part}"))
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+  return "\n".join(["sharding: parameter, shape, split over, on each device", *lines])
+
+
 def describe_rules(optimizer: Optimizer, params: PyTree) -> str:
   """Returns which parameters each pattern of the optimizer's rules takes."""
   lines = [f"optimizer: {type(optimizer).__name__}"]
@@ -52,6 +71,17 @@ def describe_rules(optimizer: Optimizer, params: PyTree) -> str:
       names = [name for name, rule in taken.items() if rule == number]
       example = f", such as {names[0]}" if names else ""
       lines.append(f"  {field} x {factor:g}: {pattern!r}, {len(names)} leaves{example}")
+  return "\n".join(lines)
+
+
+def describe_attention(decoder: Decoder, seq_len: int) -> str:
+  """Returns which kernel each kind of mixer gets, and why."""
+  lines = []
+  for mixer in dict.fromkeys(block.mixer for block in decoder.spec.blocks):
+    work = work_of(mixer, seq_len, decoder.precision.compute)
+    chosen = choose(decoder.attention, work, decoder.layout)
+    kind = "" if mixer.window is None else f" with a window of {mixer.window}"
+    lines.append(f"attention{kind}: {chosen.kernel} ({chosen.reason})")
   return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -21,23 +20,30 @@ from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
 from jaxlm.evaluation.bits_per_byte import make_evaluate
 from jaxlm.interop.checkpoint import open_model
+from jaxlm.interop.own import FAMILY
+from jaxlm.launch import xla
+from jaxlm.launch.chips import chip_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
+from jaxlm.ops.kernels.choice import Kernel
 from jaxlm.runs import initial, summary
+from jaxlm.runs.assembled import assemble
 from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
+from jaxlm.sharding import processes
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import check_batch, placer, rows_here
 from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.checkpoints import Checkpoints, Restored, Store
-from jaxlm.training.objective import Batch, NextToken, next_token
-from jaxlm.training.state import TrainState, axes_of, create
-from jaxlm.training.step import compile_step, make_step
+from jaxlm.training.objective import Batch, NextToken
+from jaxlm.training.state import TrainState
+from jaxlm.training.step import compile_step
 
 FREE = (
-  "steps", "mesh", "sharding", "remat", "checkpoints", "evaluate_every", "log_every",
-  "samples", "data.cache", "data.threads", "data.prefetch", "objective.chunk",
+  "steps", "mesh", "sharding", "moments", "remat", "attention", "compiler",
+  "checkpoints", "evaluate_every", "log_every", "samples", "data.cache", "data.threads",
+  "data.prefetch", "objective.chunk",
 )  # fmt: skip
 
 
@@ -107,10 +113,19 @@ class Train:
   """Dtypes of parameters and of the computation."""
   remat: Remat = "none"
   """Which activations the backward pass recomputes instead of keeping them."""
+  attention: Kernel = "auto"
+  """How attention is computed: auto takes the fastest that can, and the run prints
+  which and why; another is taken or refused."""
+  compiler: xla.Options = ()
+  """(option, value) for the compiler, over the chip's own in jaxlm/launch/xla.py; an
+  empty value takes one out."""
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   """How the devices are arranged."""
   sharding: ShardingRules = dataclasses.field(default_factory=ShardingRules)
   """Which logical axis is split over which mesh axes."""
+  moments: ShardingRules | None = None
+  """The rules of what the optimizer keeps, and of averages; None: as the parameters.
+  With embed=(fsdp,data) replicas share them (ZeRO, stage 1)."""
   accumulate: int = 1
   """Micro-batches of a step; the loss does not depend on it."""
   ema: float | None = None
@@ -139,24 +154,21 @@ class Train:
     Raises:
       InputError: whatever the user can mend; the message says how.
     """
-    if jax.process_count() > 1:
-      raise InputError(
-        f"{jax.process_count()} processes: a run has one process so far. Start it on "
-        "one host, with as many devices as that has."
-      )
     layout = Layout(make_mesh(self.mesh), self.sharding)
     check_batch(layout, self.data.batch, self.data.seq_len, self.accumulate)
     workdir = files.absolute(workdir)
-    with explained(workdir), held(workdir), self._products():
+    processes.require_same("config", config.to_json(self))
+    with processes.first_speaks(), explained(workdir), held(workdir), self.products():
       return self._run(workdir, layout)
 
-  def _products(self) -> contextlib.AbstractContextManager:
+  def products(self) -> contextlib.AbstractContextManager:
     """float32 means float32: accelerators would round the factors of products."""
     exact = self.precision.compute == "float32"
     return jax.default_matmul_precision("highest" if exact else "default")
 
   def _run(self, workdir: epath.Path, layout: Layout) -> Result:
-    changes = claim(workdir, self, FREE)
+    claimed = processes.lead("--workdir", lambda: claim(workdir, self, FREE))
+    changes = claimed or []
     for change in changes:
       print(f"changed since this workdir was last run: {change}")
 
@@ -165,11 +177,18 @@ class Train:
       opened = open_model(self.initial, "initial")
       print(initial.describe(opened, self.model))
       data = initial.with_tokenizer(data, opened, workdir)
-    corpus = prepare(data, workdir / "data")
+      if opened.family is not None and processes.first():
+        files.write_atomic(workdir / FAMILY, opened.family.name)
+    # The first makes the cache; the others find it, or make their own where their disk
+    # is not the first's.
+    corpus = processes.lead("data", lambda: prepare(data, workdir / "data"))
+    corpus = corpus or prepare(data, workdir / "data")
+    processes.require_same("data.sources", corpus.fingerprint)
     print(corpus.report)
     for note in notes(corpus.tokenizer):
       print(note)
-    save_tokenizer(corpus.tokenizer, workdir)
+    if processes.first():
+      save_tokenizer(corpus.tokenizer, workdir)
     if self.model.vocab < corpus.tokenizer.vocab:
       raise InputError(
         f"model.vocab: {self.model.vocab} ids are fewer than the tokenizer's "
@@ -177,22 +196,22 @@ class Train:
       )
     print(summary.describe_model(self.model, self.data.seq_len, self.data.batch))
 
-    decoder = Decoder(self.model, self.precision, layout, self.remat)
-    objective = next_token(self.objective, decoder)
-    optimizer = optimizers.build(self.optimizer, self.steps, axes_of(decoder))
-    plan, first_state = create(
-      decoder,
-      optimizer.transform,
-      self.seed,
-      ema=self.ema is not None,
-      load=None if opened is None else lambda: initial.load(opened, decoder),
+    parts = assemble(
+      self, layout, None if opened is None else lambda d: initial.load(opened, d)
+    )
+    decoder, optimizer, plan = parts.decoder, parts.optimizer, parts.plan
+    options = xla.options(
+      chip_of(layout.mesh.devices.flat[0].device_kind), self.compiler
     )
     print(summary.describe_layout(layout, plan))
+    print(summary.describe_parameters(layout, plan))
     print(summary.describe_rules(self.optimizer, plan.shapes.params))
+    print(summary.describe_attention(decoder, self.data.seq_len))
     print(
-      f"attention: blockwise, in XLA; remat: {self.remat}; parameters "
-      f"{self.precision.params}, computation {self.precision.compute}"
+      f"remat: {self.remat}; parameters {self.precision.params}, computation "
+      f"{self.precision.compute}"
     )
+    print(xla.describe(options))
 
     store = Store(workdir / CHECKPOINTS, self.checkpoints, config.to_json(self))
     try:
@@ -210,30 +229,30 @@ class Train:
         print(f"going on from the checkpoint of step {start}; learning rate {rate:.3g}")
         if any(change.startswith("steps:") for change in changes):
           print(f"  the learning rate's schedule now ends at step {self.steps}")
-      step = make_step(
-        objective, optimizer, micro_batches=self.accumulate, ema_decay=self.ema
-      )
       began = time.perf_counter()
-      compiled = compile_step(step, plan, layout, self._batch_shapes())
+      compiled = compile_step(parts.step, plan, layout, parts.batch, options)
       print(summary.describe_step(compiled, time.perf_counter() - began))
-      state = restored.state if restored else first_state()
+      processes.meet("compiled")
+      state = restored.state if restored else parts.first_state()
       first = restored.data["next_batch"] if restored else 0
       place = Placement.of(layout, self.data)
       evaluate = self._evaluator(decoder, corpus, place)
       with (
         Loader(corpus, self.data, rows=place.rows, start=first) as loader,
-        metrics.Writer(workdir, start=start, total=self.steps) as writer,
+        metrics.open_writer(workdir, start=start, total=self.steps) as writer,
       ):
         batches = map(place.put, loader)
-        parts = loop.Parts(
-          compiled, batches, evaluate, store, writer, corpus.fingerprint
-        )
+        looped = loop.Parts(
+          compiled, batches, evaluate, store, writer, corpus.fingerprint,
+          processes.Vote(layout.mesh),
+        )  # fmt: skip
         if opened is not None and start == 0:
-          begin(parts, state)
-        outcome = loop.train(parts, self._cadence(), state, start)
+          begin(looped, state)
+        outcome = loop.train(looped, self._cadence(), state, start)
     finally:
       store.close()
-    metrics.plot(workdir)
+    if processes.first():
+      metrics.plot(workdir)
     params = averaged(outcome.state)
     result = Result(
       workdir, outcome.step, outcome.stopped, params, decoder, corpus.tokenizer,
@@ -274,12 +293,6 @@ class Train:
 
     return evaluate
 
-  def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (self.data.batch, self.data.seq_len)
-    ints = ("tokens", "targets", "segments", "positions")
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
-    return shapes | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
   def _finished(
     self, workdir: epath.Path, restored: Restored, decoder: Decoder, corpus: Corpus
   ) -> Result:
@@ -317,7 +330,8 @@ class Train:
     for number, text in enumerate(texts, 1):
       print(f"\n--- sample {number} ---\n{text}")
     joined = "\n\n".join(f"--- sample {i} ---\n{t}" for i, t in enumerate(texts, 1))
-    files.write_atomic(result.workdir / "samples.txt", joined + "\n")
+    if processes.first():
+      files.write_atomic(result.workdir / "samples.txt", joined + "\n")
 
 
 def check_same_text(restored: Restored, corpus: Corpus, data: Data) -> None:

@@ -12,6 +12,8 @@ from etils import epath
 
 from jaxlm import config, files
 from jaxlm.errors import InputError
+from jaxlm.launch.watch import SIGNS
+from jaxlm.sharding.processes import first
 from jaxlm.training.checkpoints import steps_in
 from jaxlm.training.metrics import read
 
@@ -35,7 +37,7 @@ def claim(workdir: epath.Path, run: Any, free: Sequence[str]) -> list[str]:
   """
   file = workdir / CONFIG
   if not file.exists():
-    if workdir.exists() and any(workdir.iterdir()):
+    if workdir.exists() and {place.name for place in workdir.iterdir()} - {SIGNS}:
       raise InputError(
         f"--workdir={workdir}: holds files and no {CONFIG}, so it is no run of jaxlm. "
         "Give a new or an empty folder."
@@ -63,7 +65,7 @@ def claim(workdir: epath.Path, run: Any, free: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[None]:
-  """Keeps a folder for this process as long as the context lasts.
+  """Keeps a folder for this run as long as the context lasts; the first process does.
 
   Raises:
     InputError: another process has it, or it is remote.
@@ -71,6 +73,9 @@ def held(workdir: epath.Path) -> Iterator[None]:
   if "://" in str(workdir):
     raise InputError(f"--workdir={workdir}: is remote; give a local folder.")
   workdir.mkdir(parents=True, exist_ok=True)
+  if not first():
+    yield
+    return
   place = os.open(workdir, os.O_RDONLY)
   try:
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from jaxlm.errors import InputError
 
@@ -29,12 +30,17 @@ class Mesh:
   """Devices that hold other positions of the same rows."""
   tensor: int = 1
   """Devices that hold other heads, hidden units and vocabulary."""
+  slices: int = 1
+  """Groups of devices joined by the slower network of the data centre; they stand
+  along `data`, or along `pipeline` and `data`, and everything else stays inside one."""
 
   def __post_init__(self):
     sizes = self.sizes()
     for axis, size in sizes.items():
       if size < 1 and size != -1:
         raise InputError(f"mesh.{axis}: {size} is neither -1 nor at least 1.")
+    if self.slices < 1:
+      raise InputError(f"mesh.slices: {self.slices} is under 1.")
     if list(sizes.values()).count(-1) > 1:
       rest = [axis for axis, size in sizes.items() if size == -1]
       raise InputError(f"mesh: only one axis can be -1 (the rest), not {rest}.")
@@ -73,15 +79,32 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.
   """Returns a `jax.sharding.Mesh` over the devices (all of them unless given).
 
   Raises:
-    InputError: the mesh does not fill the devices.
+    InputError: the mesh does not fill the devices, or the slices not its data axis.
   """
   devices = jax.devices() if devices is None else devices
   sizes = resolve(mesh, len(devices))
-  shape = tuple(sizes.values())
-  if devices[0].platform == "tpu":
-    from jax.experimental import mesh_utils
-
-    grid = mesh_utils.create_device_mesh(shape, devices)
+  outer = _over_slices(sizes, mesh.slices)
+  inner = [size // over for size, over in zip(sizes.values(), outer, strict=True)]
+  if devices[0].platform != "tpu":
+    # Devices come process by process: the axes in front are the slow ones already.
+    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+  elif mesh.slices == 1:
+    grid = mesh_utils.create_device_mesh(inner, devices)
   else:
-    grid = np.asarray(devices).reshape(shape)
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
   return jax.sharding.Mesh(grid, tuple(sizes))
+
+
+def _over_slices(sizes: dict[str, int], slices: int) -> list[int]:
+  """Returns how many slices each axis spans."""
+  outer = dict.fromkeys(sizes, 1)
+  left = slices
+  for axis in ("data", "pipeline"):
+    outer[axis] = math.gcd(sizes[axis], left)
+    left //= outer[axis]
+  if left != 1:
+    raise InputError(
+      f"mesh.slices: {slices} do not divide data={sizes['data']} times "
+      f"pipeline={sizes['pipeline']}. Only these axes may cross the slower network."
+    )
+  return list(outer.values())

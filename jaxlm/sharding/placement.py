@@ -52,8 +52,9 @@ def check_batch(layout: Layout, batch: int, seq_len: int, micro_batches: int) ->
       f"devices along {layout.rules.batch} times accumulate={micro_batches}. Use a "
       f"multiple of {split}, or a smaller mesh axis."
     )
-  if seq_len % layout.size("sequence"):
-    raise InputError(
-      f"data.seq_len: {seq_len} positions do not divide by {layout.size('sequence')}, "
-      f"the devices along {layout.rules.sequence}."
-    )
+  for axis in ("sequence", "stream"):
+    if seq_len % layout.size(axis):
+      raise InputError(
+        f"data.seq_len: {seq_len} positions do not divide by {layout.size(axis)}, the "
+        f"devices along {getattr(layout.rules, axis)}, the rule of {axis!r}."
+      )

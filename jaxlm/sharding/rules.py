@@ -23,6 +23,9 @@ class ShardingRules:
   """Rows of activations and of the input."""
   sequence: Axes = ("context",)
   """Positions of activations."""
+  stream: Axes = ("context",)
+  """Positions of the residual stream between blocks; with "tensor" too, norms and
+  residual sums are split over it instead of repeated (sequence parallelism)."""
   residual: Axes = ()
   """The model dim of activations."""
   heads: Axes = ("tensor",)

@@ -30,6 +30,7 @@ from etils import epath
 from jaxlm import files
 from jaxlm.errors import InputError
 from jaxlm.shapes import PyTree
+from jaxlm.sharding import processes
 from jaxlm.training.faults import quiet_failed_saves
 from jaxlm.training.state import Plan, TrainState
 from jaxlm.trees import named_leaves
@@ -104,13 +105,7 @@ class Store:
     """
     self.wait()
     folder = self._directory / folder_name(step)
-    if (folder / MANIFEST).exists():
-      raise InputError(f"{folder}: a checkpoint stands here already and is kept.")
-    with self._explained(step):
-      if folder.exists():
-        folder.rmtree()
-      self._require_space(state)
-      folder.mkdir(parents=True)
+    processes.lead(f"checkpoint {step}", lambda: self._make_room(step, folder, state))
     rest = state._replace(params=None)
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
@@ -120,6 +115,15 @@ class Store:
       self._orbax.save(folder / ARRAYS, items)
     self._thread = threading.Thread(target=self._commit, args=(step, folder, data))
     self._thread.start()
+
+  def _make_room(self, step: int, folder: epath.Path, state: TrainState) -> None:
+    if (folder / MANIFEST).exists():
+      raise InputError(f"{folder}: a checkpoint stands here already and is kept.")
+    with self._explained(step):
+      if folder.exists():
+        folder.rmtree()
+      self._require_space(state)
+      folder.mkdir(parents=True)
 
   def wait(self) -> None:
     """Waits for the save under way.
@@ -151,14 +155,18 @@ class Store:
     Raises:
       InputError: checkpoints exist and none is whole, or it is another model's.
     """
+    whole = processes.lead("checkpoints", self._newest_whole)
+    step = processes.from_first(-1 if whole is None else whole)
+    return None if step < 0 else self._read(step, plan)
+
+  def _newest_whole(self) -> int | None:
     steps = self.steps()
     for step in reversed(steps):
       folder = self._directory / folder_name(step)
       broken = verify(folder)
-      if broken:
-        self._tell(f"CHECKPOINT {folder} IS DAMAGED and is not used: {broken}")
-        continue
-      return self._read(step, folder, plan)
+      if not broken:
+        return step
+      self._tell(f"CHECKPOINT {folder} IS DAMAGED and is not used: {broken}")
     if steps:
       raise InputError(
         f"{self._directory}: no checkpoint of {steps} is whole. Bring one back from a "
@@ -172,6 +180,9 @@ class Store:
     What stands there is damaged or was cut short. Where it still holds arrays it is set
     aside under another name, so that nothing is lost; the rest is deleted.
     """
+    processes.lead("checkpoints", lambda: self._clear(step))
+
+  def _clear(self, step: int) -> None:
     whole = self.steps()
     for found in _numbered(self._directory):
       folder = self._directory / folder_name(found)
@@ -185,7 +196,8 @@ class Store:
       folder.rename(aside)
       self._tell(f"{folder}: not a whole checkpoint; set aside as {aside.name}")
 
-  def _read(self, step: int, folder: epath.Path, plan: Plan) -> Restored:
+  def _read(self, step: int, plan: Plan) -> Restored:
+    folder = self._directory / folder_name(step)
     target = jax.tree.map(
       lambda shape, sharding: jax.ShapeDtypeStruct(
         shape.shape, shape.dtype, sharding=sharding
@@ -221,6 +233,8 @@ class Store:
     try:
       with self._explained(step):
         self._orbax.wait_until_finished()
+        if not processes.first():
+          return
         files.write_atomic(folder / "config.json", self._config)
         files.write_atomic(folder / "data.json", json.dumps(data))
         write_manifest(folder)

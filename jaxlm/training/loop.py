@@ -8,7 +8,7 @@ import jax
 
 from jaxlm.training.checkpoints import Store
 from jaxlm.training.faults import graceful, require_finite
-from jaxlm.training.metrics import Writer
+from jaxlm.training.metrics import Silent, Writer
 from jaxlm.training.objective import Batch
 from jaxlm.training.state import TrainState
 from jaxlm.training.step import Metrics
@@ -23,9 +23,11 @@ class Parts(NamedTuple):
   """Global arrays on the mesh, from the first step on."""
   evaluate: Callable[[TrainState], dict[str, float]]
   store: Store
-  writer: Writer
+  writer: Writer | Silent
   corpus: str
   """Fingerprint of the rows, kept with each checkpoint."""
+  vote: Callable[[bool], bool]
+  """Whether any process was asked to stop."""
 
 
 class Cadence(NamedTuple):
@@ -96,7 +98,8 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
         require_finite(step, scores)
         parts.writer.write(step, scores)
         parts.writer.say(f"step {step}/{cadence.steps}  {words(scores)}")
-      done = ends or stop.reason is not None
+      asked = parts.vote(stop.reason is not None)
+      done = ends or asked
       saves = done or step % cadence.save == 0
       if saves:
         report()
@@ -105,7 +108,8 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
       if evaluates or saves:
         clock.start(step)
     parts.store.wait()
-  return Outcome(state, step, stop.reason if step < cadence.steps else None)
+  reason = stop.reason or "a signal to another process"
+  return Outcome(state, step, reason if step < cadence.steps else None)
 
 
 class Clock:

@@ -17,12 +17,41 @@ from tensorboardX.summary import scalar
 
 from jaxlm import files
 from jaxlm.errors import InputError
+from jaxlm.sharding.processes import first
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 TIMES = ("seconds", "tokens_per_second")
 FLUSH_SECONDS = 10.0
 _EVENT: Any = proto  # its classes are made when it is imported
+
+
+class Silent:
+  """What a process has that does not write."""
+
+  def __enter__(self) -> "Silent":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+  def write(self, step: int, row: dict[str, Any]) -> None:
+    """Does nothing."""
+
+  def progress(self, step: int, shown: dict[str, float], log: bool) -> None:
+    """Does nothing."""
+
+  def say(self, text: str) -> None:
+    """Does nothing."""
+
+
+def open_writer(workdir: epath.Path, *, start: int, total: int) -> "Writer | Silent":
+  """Returns the writer of the first process, and for the others one that is silent.
+
+  Raises:
+    InputError: what `Writer` raises.
+  """
+  return Writer(workdir, start=start, total=total) if first() else Silent()
 
 
 class Writer:

@@ -11,7 +11,12 @@ from jaxlm.errors import InputError
 from jaxlm.models import decoder as decoders
 from jaxlm.models.decoder import Decoder
 from jaxlm.shapes import Array, Int, PyTree
-from jaxlm.sharding.rules import Layout, check_divides, replicated_share
+from jaxlm.sharding.rules import (
+  Layout,
+  ShardingRules,
+  check_divides,
+  replicated_share,
+)
 
 REPLICATED_LIMIT = 0.02
 
@@ -46,11 +51,14 @@ def create(
   seed: int,
   *,
   ema: bool,
+  moments: ShardingRules | None = None,
   load: Callable[[], PyTree] | None = None,
 ):
   """Returns (plan, function that makes the state sharded as the plan says).
 
   Parameters are drawn from the seed, or come from `load`, sharded as they shall be.
+  What the optimizer keeps of each parameter is split as the parameter is, or by the
+  rules `moments` (Rajbhandari et al. 2020, ZeRO, stage 1).
 
   Raises:
     InputError: the mesh does not divide a parameter, or more than 2% of the parameter
@@ -58,8 +66,9 @@ def create(
   """
   layout = decoder.layout
 
-  def make(key: Array, loaded: PyTree | None = None) -> TrainState:
-    init_key, rng = jax.random.split(key)
+  def make(loaded: PyTree | None = None) -> TrainState:
+    # Made inside: with several processes an array of one of them is no argument.
+    init_key, rng = jax.random.split(jax.random.key(seed))
     params = loaded
     if params is None:
       params = decoders.unbox(decoders.init(decoder, init_key))
@@ -68,10 +77,11 @@ def create(
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, transform.init(params), rng, average)
 
-  key = jax.random.key(seed)
-  shapes = jax.eval_shape(make, key)
-  shardings = _shardings(layout, shapes, transform, axes_of(decoder))
+  shapes = jax.eval_shape(make)
+  kept = layout if moments is None else Layout(layout.mesh, moments)
+  shardings = _shardings((layout, kept), shapes, transform, axes_of(decoder))
   check_divides(layout, shapes.params, shardings.params)
+  check_divides(kept, shapes.params, _of_params(kept, axes_of(decoder)))
   share = replicated_share(layout, shapes.params, shardings.params)
   if share > REPLICATED_LIMIT:
     raise InputError(
@@ -84,18 +94,23 @@ def create(
 
   def first_state() -> TrainState:
     loaded = None if load is None else load()
-    return jax.jit(make, out_shardings=shardings, donate_argnums=1)(key, loaded)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(loaded)
 
   return plan, first_state
 
 
-def _shardings(
-  layout: Layout, shapes: TrainState, transform, axes: PyTree
-) -> TrainState:
-  whole = layout.sharding()
-  absent = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+def _of_params(layout: Layout, axes: PyTree) -> PyTree:
   is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-  params = jax.tree.map(lambda names: layout.sharding(*names), axes, is_leaf=is_axes)
+  return jax.tree.map(lambda names: layout.sharding(*names), axes, is_leaf=is_axes)
+
+
+def _shardings(
+  layouts: tuple[Layout, Layout], shapes: TrainState, transform, axes: PyTree
+) -> TrainState:
+  """Returns the shardings by the parameters' layout and by the moments'."""
+  whole = layouts[0].sharding()
+  absent = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+  params, moments = (_of_params(layout, axes) for layout in layouts)
 
   def like(leaf, sharding, param):
     if absent(leaf):
@@ -106,12 +121,12 @@ def _shardings(
     transform,
     like,
     shapes.opt_state,
-    params,
+    moments,
     shapes.params,
     transform_non_params=lambda _: whole,
     is_leaf=absent,
   )
-  ema = None if shapes.ema is None else params
+  ema = None if shapes.ema is None else moments
   return shapes._replace(
     step=whole, params=params, opt_state=like_param, rng=whole, ema=ema
   )

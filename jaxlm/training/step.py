@@ -96,10 +96,17 @@ def ratios(terms: Terms) -> Metrics:
   return {"loss": loss} | {name: divide(r) for name, r in terms.metrics.items()}
 
 
-def compile_step(step: Step, plan: Plan, layout: Layout, batch: Any):
+def compile_step(
+  step: Step,
+  plan: Plan,
+  layout: Layout,
+  batch: Any,
+  options: dict[str, Any] | None = None,
+):
   """Returns the step compiled for a plan; the state's buffers are given away.
 
-  `batch` holds a ShapeDtypeStruct for each array, rows first.
+  `batch` holds a ShapeDtypeStruct for each array, rows first; `options` go to the
+  compiler.
   """
   rows = layout.sharding("batch", "sequence")
   shardings = jax.tree.map(lambda _: rows, batch)
@@ -109,4 +116,4 @@ def compile_step(step: Step, plan: Plan, layout: Layout, batch: Any):
     out_shardings=(plan.shardings, None),
     donate_argnums=0,
   )
-  return jitted.lower(plan.shapes, batch).compile()
+  return jitted.lower(plan.shapes, batch).compile(compiler_options=options or None)

@@ -157,7 +157,7 @@ def test_a_target_that_another_process_made_meanwhile_is_kept(kind, place, monke
 
 
 KILLED = """
-import os, pathlib, signal, sys
+import os, signal, sys
 from etils import epath
 from jaxlm.interop import own
 from jaxlm.interop.checkpoint import Exported, open_model
@@ -186,25 +186,22 @@ Exported(opened.model, opened.family, params, None).write(
 
 
 def test_what_was_killed_does_not_look_whole(place):
+  reasons = {
+    "hf": r"config\.json: does not exist",
+    "jaxlm": r"has no manifest\.json, so it was not written to its end",
+  }
   begun = {
     kind: subprocess.Popen(
       [sys.executable, "-c", KILLED, FOLDER / "llama", place / kind, kind]
     )
-    for kind in KINDS
+    for kind in reasons
   }
   for kind, process in begun.items():
     assert process.wait() == -signal.SIGKILL
     assert not (place / kind).exists()
-    with pytest.raises(InputError, match="does not exist"):
-      open_model(place / kind)
   # What lies beside it has another name, and is refused under that too.
   left = {file.name.split(".")[1]: file for file in place.iterdir()}
-  assert set(left) == set(KINDS)
-  reasons = {
-    "hf": r"config\.json: does not exist",
-    "gguf": "not a whole GGUF file",
-    "jaxlm": r"has no manifest\.json",
-  }
+  assert set(left) == set(reasons)
   for kind, reason in reasons.items():
     with pytest.raises(InputError, match=reason):
       read(left[kind])

@@ -1,10 +1,13 @@
 """Both forms of attention against loops in float64, and against each other."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxlm.ops import attention
 from jaxlm.ops.attention import Scoring, attend, attend_blocks
@@ -102,6 +105,47 @@ def test_gradients_of_the_blocks_equal_those_of_the_reference(results, name):
   (_, wanted), (_, found) = results[name]
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def by_loop(patch: pytest.MonkeyPatch) -> None:
+  """Blocks of 8, 4 and 1 queries, of which the first is walked over by fours."""
+  patch.setattr(attention, "block_of", lambda length: 8)
+  patch.setattr(attention, "QUERIES", 4)
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+def test_a_loop_inside_a_block_changes_nothing(results, name, monkeypatch):
+  by_loop(monkeypatch)
+  weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, H, K)), np.float32)
+  (wanted_out, wanted), _ = results[name]
+  run = lambda *a: by_blocks(SCORINGS[name], *a)  # noqa: E731
+  assert "scan" in str(jax.make_jaxpr(run)(*inputs()))
+  out, back = jax.vjp(run, *inputs())
+  np.testing.assert_allclose(out, wanted_out, atol=2e-6)
+  for a, b in zip(back(weights), wanted, strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def sizes(jaxpr):
+  """Yields the size of every array of a program, those of its loops too."""
+  for equation in jaxpr.eqns:
+    yield from (math.prod(v.aval.shape) for v in equation.outvars)
+    for inner in jaxprs_in_params(equation.params):
+      yield from sizes(inner)
+
+
+@pytest.mark.parametrize("length", [2048, 4096, 5000, 16_384])
+def test_no_array_is_larger_than_the_scores_of_128_queries(length):
+  heads = 2
+  shapes = [(1, length, heads, 4)] * 3
+  qkv = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  row = jnp.arange(length)[None]
+
+  def total(*qkv):
+    return attend_blocks(Scoring(1.0), *qkv, row, jnp.zeros_like(row)).sum()
+
+  program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*qkv)
+  assert 0.99 < max(sizes(program.jaxpr)) / (heads * 128 * length) <= 1
 
 
 def test_bfloat16_is_near_float32():

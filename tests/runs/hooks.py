@@ -1,6 +1,9 @@
 """What the tests hook into a run; as a program, the command line with these hooks.
 
-python hooks.py record=FILE [kill=STEP | hold=STEP] -- --config=... --workdir=...
+python hooks.py record=FILE [kill=STEP | hold=STEP | term=STEP] [process=I] --
+  --config=... --workdir=...
+
+Of several processes `process` alone does what is asked; FILE is process 0's.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm.runs import train
+from jaxlm.runs import assembled, train
 from jaxlm.training import checkpoints
 from jaxlm.training.objective import next_token
 from jaxlm.trees import named_leaves
@@ -39,7 +42,9 @@ def address(batch):
   """A hash of a batch."""
   state = hashlib.sha256()
   for name in sorted(batch):
-    state.update(name.encode() + np.asarray(batch[name]).tobytes())
+    parts = [shard.data for shard in batch[name].addressable_shards]
+    whole = [batch[name]] if batch[name].is_fully_addressable else parts
+    state.update(name.encode() + b"".join(np.asarray(part).tobytes() for part in whole))
   return state.hexdigest()
 
 
@@ -49,7 +54,12 @@ def leaves_of(checkpoint):
   for item in ("params", "rest"):
     with warnings.catch_warnings():
       warnings.filterwarnings("ignore", "Sharding info not provided")
-      tree = reader.restore(checkpoint / "arrays" / item)
+      place = checkpoint / "arrays" / item
+      as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        reader.metadata(place).item_metadata.tree,
+      )
+      tree = reader.restore(place, restore_args=as_numpy)
     for name, leaf in named_leaves(tree).items():
       if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -58,11 +68,12 @@ def leaves_of(checkpoint):
 
 
 @contextlib.contextmanager
-def hooked(record, kill=None, hold=None):
+def hooked(record, kill=None, hold=None, term=None, process=0):
   """Draws in the objective, and a line (step, hash of its batch) a step in a file.
 
   `kill`: the process kills itself when this step starts, once the checkpoint before it
   is whole. `hold`: the commit of this step's checkpoint says "holding" and waits.
+  `term`: the process sends itself SIGTERM when this step starts.
   """
 
   class Recorded:
@@ -73,10 +84,13 @@ def hooked(record, kill=None, hold=None):
       self.compiled = compiled
 
     def __call__(self, state, batch):
-      number = int(state.step)
-      with open(record, "a") as file:
-        file.write(json.dumps([number, address(batch)]) + "\n")
-      if number == kill:
+      number, me = int(state.step), jax.process_index()
+      if me == 0:
+        with open(record, "a") as file:
+          file.write(json.dumps([number, address(batch)]) + "\n")
+      if number == term and me == process:
+        os.kill(os.getpid(), signal.SIGTERM)
+      if number == kill and me == process:
         while not stores[0].steps():
           time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -96,7 +110,7 @@ def hooked(record, kill=None, hold=None):
   compile_step, store_class = train.compile_step, train.Store
   all_hashes = checkpoints._hashes
   with (
-    mock.patch.object(train, "next_token", noisy),
+    mock.patch.object(assembled, "next_token", noisy),
     mock.patch.object(
       train, "compile_step", lambda *args: Recorded(compile_step(*args))
     ),
@@ -112,6 +126,10 @@ if __name__ == "__main__":
   at = sys.argv.index("--")
   options = dict(word.split("=", 1) for word in sys.argv[1:at])
   sys.argv[1:] = sys.argv[at + 1 :]
-  steps = {name: int(options[name]) for name in ("kill", "hold") if name in options}
+  steps = {
+    name: int(options[name])
+    for name in ("kill", "hold", "term", "process")
+    if name in options
+  }
   with hooked(options["record"], **steps):
     main()

@@ -249,8 +249,3 @@ def test_other_text_than_the_checkpoint_was_trained_on(tiny, text, tmp_path):
   words = refusal(tiny(*parts, "steps=8"), tmp_path / "a")
   assert "mine.jsonl" in words
   assert "is not what step 4 was trained on" in words
-
-
-def test_several_processes_are_refused(tiny, tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  assert "2 processes: a run has one process" in refusal(tiny(), tmp_path / "a")

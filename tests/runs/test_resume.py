@@ -210,8 +210,8 @@ def test_negative_control_a_wrong_step(tiny, whole, copy, tmp_path, monkeypatch)
   place = copy(whole[0], newest=8)
   read = train.Store._read
 
-  def wrong(self, step, folder, plan):
-    older = read(self, 4, folder.parent / "00000004", plan)
+  def wrong(self, step, plan):
+    older = read(self, 4, plan)
     state = older.state._replace(step=older.state.step + 4)
     return older._replace(state=state, step=8, data=older.data | {"next_batch": 8})
 

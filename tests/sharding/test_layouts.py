@@ -5,6 +5,7 @@ Initial parameters are equal to the last bit; loss and every gradient leaf to 1e
 float32; parameters after a step of AdamW to 1e-5 too.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ import pytest
 
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
+from jaxlm.runs.summary import bytes_on_a_device
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
-from jaxlm.sharding.rules import Layout
+from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.objective import NextToken, next_token
 from jaxlm.training.state import axes_of, create
@@ -34,15 +36,38 @@ MESHES = {
   "data 2 x fsdp 4": Mesh(data=2, fsdp=4),
   "fsdp 4 x tensor 2": Mesh(fsdp=4, tensor=2),
   "data 2 x fsdp 2 x tensor 2": Mesh(data=2, fsdp=2, tensor=2),
+  "context 4": Mesh(data=2, fsdp=1, context=4),
+  "data 2 x tensor 4": Mesh(data=2, fsdp=1, tensor=4),
+  "context 2 x tensor 4": Mesh(fsdp=1, context=2, tensor=4),
+  "data 2 x context 2 x fsdp 2": Mesh(data=2, context=2, fsdp=2),
   "fsdp 2 x context 2 x tensor 2": Mesh(fsdp=2, context=2, tensor=2),
+  "2 slices x data 2 x fsdp 2": Mesh(data=4, fsdp=2, slices=2),
 }
+PLAIN = ShardingRules()
+SEQUENCE_PARALLEL = ShardingRules(stream=("context", "tensor"))
+ZERO = ShardingRules(embed=("fsdp", "data"))
+RULES = {
+  "fsdp 4 x tensor 2, sequence parallel": (
+    Mesh(fsdp=4, tensor=2), SEQUENCE_PARALLEL, None,
+  ),
+  "fsdp 2 x context 2 x tensor 2, sequence parallel": (
+    Mesh(fsdp=2, context=2, tensor=2), SEQUENCE_PARALLEL, None,
+  ),
+  "data 8, moments shared": (Mesh(data=8, fsdp=1), PLAIN, ZERO),
+  "data 2 x fsdp 2 x tensor 2, moments shared, sequence parallel": (
+    Mesh(data=2, fsdp=2, tensor=2),
+    SEQUENCE_PARALLEL,
+    dataclasses.replace(SEQUENCE_PARALLEL, embed=("fsdp", "data")),
+  ),
+}  # fmt: skip
+PLACES = {name: (mesh, PLAIN, None) for name, mesh in MESHES.items()} | RULES
 BLOCK = Block(mixer=GQA(heads=16, kv_heads=8, head_dim=4), mlp=GLU(hidden=128))
 MODELS = {
   "untied": LM(vocab=64, dim=64, pattern=(BLOCK,), repeats=2),
   "tied": LM(vocab=64, dim=64, pattern=(BLOCK,), repeats=2, head="tied", softcap=5.0),
 }
 MICRO_BATCHES = {"untied": 1, "tied": 2}
-CASES = [("untied", mesh) for mesh in MESHES]
+CASES = [("untied", place) for place in PLACES]
 CASES += [("tied", "data 2 x fsdp 2 x tensor 2")]
 
 
@@ -95,9 +120,15 @@ def packed_rows() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def run(model: str, mesh: Mesh, devices: int) -> Seen:
+def run(
+  model: str,
+  mesh: Mesh,
+  devices: int,
+  rules: ShardingRules = PLAIN,
+  moments: ShardingRules | None = None,
+) -> Seen:
   """Trains one step on a layout."""
-  layout = Layout(make_mesh(mesh, jax.devices()[:devices]))
+  layout = Layout(make_mesh(mesh, jax.devices()[:devices]), rules)
   decoder = Decoder(MODELS[model], Precision(), layout)
   # With eps as large as the gradients, an update says how large its gradient was; the
   # sign of a gradient near zero would hang on rounding.
@@ -105,7 +136,7 @@ def run(model: str, mesh: Mesh, devices: int) -> Seen:
   built = optimizers.build(spec, 10, axes_of(decoder))
   built = built._replace(transform=optax.chain(keep_gradients(), built.transform))
   objective = next_token(NextToken(z_loss=1e-2, chunk=5), decoder)
-  plan, make = create(decoder, built.transform, 3, ema=False)
+  plan, make = create(decoder, built.transform, 3, ema=False, moments=moments)
   rows = packed_rows()
   step = make_step(objective, built, micro_batches=MICRO_BATCHES[model])
   shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in rows.items()}
@@ -137,9 +168,10 @@ def differences(found: Seen, wanted: Seen) -> dict[str, float]:
   return rows
 
 
-@pytest.mark.parametrize(("model", "mesh"), CASES)
-def test_a_layout_equals_one_device(model, mesh, capfd):
-  found, wanted = run(model, MESHES[mesh], 8), alone(model)
+@pytest.mark.parametrize(("model", "place"), CASES)
+def test_a_layout_equals_one_device(model, place, capfd):
+  mesh, rules, moments = PLACES[place]
+  found, wanted = run(model, mesh, 8, rules, moments), alone(model)
   assert found.first.keys() == wanted.first.keys()
   for name, leaf in wanted.first.items():
     np.testing.assert_array_equal(found.first[name], leaf, err_msg=name)
@@ -166,3 +198,21 @@ def test_a_sharded_loss_without_its_sums_fails(monkeypatch):
   rows = differences(wrong, alone("untied"))
   assert rows["loss"] > 1e-2
   assert rows["grads/head"] > 1e-2
+
+
+def test_shared_moments_are_split_over_the_replicas():
+  layout = Layout(make_mesh(Mesh(data=8, fsdp=1)))
+  decoder = Decoder(MODELS["untied"], Precision(), layout)
+  built = optimizers.build(
+    optimizers.AdamW(lr=schedules.Constant(peak=0.1)), 10, axes_of(decoder)
+  )
+  plans = [
+    create(decoder, built.transform, 0, ema=True, moments=moments)[0]
+    for moments in (None, ZERO)
+  ]
+  whole, split = (
+    bytes_on_a_device(plan.shapes.opt_state, plan.shardings.opt_state) for plan in plans
+  )
+  assert split < whole / 7
+  held = [bytes_on_a_device(p.shapes.params, p.shardings.params) for p in plans]
+  assert held[0] == held[1]

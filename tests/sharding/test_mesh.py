@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.sharding.mesh import AXES, Mesh, make_mesh, resolve
+from jaxlm.sharding.mesh import AXES, Mesh, _over_slices, make_mesh, resolve
 
 
 def test_minus_one_takes_the_rest():
@@ -41,3 +41,25 @@ def test_devices_stand_in_the_order_of_the_axes():
   assert mesh.axis_names == AXES
   assert mesh.devices.ravel().tolist() == jax.devices()
   assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "outer"),
+  [
+    (Mesh(data=4, fsdp=2, slices=2), {"data": 2}),
+    (Mesh(data=4, fsdp=2, slices=4), {"data": 4}),
+    (Mesh(pipeline=2, data=2, fsdp=2, slices=4), {"data": 2, "pipeline": 2}),
+  ],
+)
+def test_slices_stand_along_the_slow_axes(mesh, outer):
+  sizes = resolve(mesh, 8)
+  found = dict(zip(sizes, _over_slices(sizes, mesh.slices), strict=True))
+  assert {axis: n for axis, n in found.items() if n > 1} == outer
+  assert make_mesh(mesh).devices.ravel().tolist() == jax.devices()
+
+
+def test_nothing_else_crosses_slices():
+  with pytest.raises(InputError, match=r"mesh\.slices: 2 do not divide data=1 times"):
+    make_mesh(Mesh(fsdp=8, slices=2))
+  with pytest.raises(InputError, match=r"mesh\.slices: 0 is under 1"):
+    Mesh(slices=0)

@@ -62,7 +62,10 @@ class Run:
 
   def train(self, start=0, **fields):
     cadence = {"steps": 6, "log": 1, "evaluate": 4, "save": 3, "tokens": 8}
-    parts = loop.Parts(self.step, self.batches, self.evaluate, self, self, "rows")
+    alone = lambda yes: yes  # noqa: E731
+    parts = loop.Parts(
+      self.step, self.batches, self.evaluate, self, self, "rows", alone
+    )
     return loop.train(parts, loop.Cadence(**{**cadence, **fields}), start, start)
 
   def seen(self, *kinds):

@@ -1,0 +1,160 @@
+"""How much of a chip's memory a training step needs, told without compiling it.
+
+Parameters, optimizer state and gradients are exact: their shapes and shardings are
+known. Activations and temporaries are a model of what is alive at the fullest moment,
+of which there are two: the loss, and the backward pass of a block.
+"""
+
+import math
+from typing import NamedTuple
+
+from jaxlm.models import count, spec
+from jaxlm.models.attention import work_of
+from jaxlm.models.decoder import Decoder
+from jaxlm.ops.attention import QUERIES
+from jaxlm.ops.kernels.choice import choose
+from jaxlm.shapes import PyTree
+from jaxlm.training.state import Plan
+from jaxlm.trees import named_leaves
+
+LANES = 128
+"""Times that the TPU kernel writes each log-partition of attention."""
+
+
+class Memory(NamedTuple):
+  """Bytes of one device, by what they hold."""
+
+  parameters: float
+  optimizer: float
+  gradients: float
+  temporaries: float
+  """Activations kept for the backward pass, and what a computation needs at a time."""
+
+  @property
+  def total(self) -> float:
+    """All of them."""
+    return sum(self)
+
+
+class Work(NamedTuple):
+  """What a device computes on at a time."""
+
+  rows: float
+  """Rows of a micro-batch on a device."""
+  length: float
+  """Positions of a row on a device."""
+  chunk: int
+  """Positions of each row that have logits at a time."""
+
+
+def held_bytes(shapes: PyTree, shardings: PyTree) -> float:
+  """Returns how many bytes of a tree one device holds."""
+  placed = named_leaves(shardings)
+  return sum(
+    math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for name, leaf in named_leaves(shapes).items()
+  )
+
+
+def predict(decoder: Decoder, plan: Plan, work: Work) -> Memory:
+  """Returns the memory of a device in a training step."""
+  shapes, shardings = plan.shapes, plan.shardings
+  parameters = held_bytes(shapes.params, shardings.params)
+  state = held_bytes(shapes, shardings)
+  width = count.BYTES[decoder.precision.params]
+  return Memory(
+    parameters,
+    state - parameters,
+    parameters * 4 / width,
+    max(_loss(decoder, work), _backward(decoder, work)) + kept(decoder, work),
+  )
+
+
+def _split(decoder: Decoder, axis: str) -> int:
+  return decoder.layout.size(axis)
+
+
+def kept(decoder: Decoder, work: Work) -> float:
+  """Returns the bytes kept of every block from the forward to the backward pass."""
+  dtype = count.BYTES[decoder.precision.compute]
+  tokens = work.rows * work.length
+  total = 0.0
+  for block in decoder.spec.blocks:
+    features = decoder.spec.dim / _split(decoder, "residual")
+    features *= _split(decoder, "sequence") / _split(decoder, "stream")
+    total += features + _kept_inside(decoder, block)
+  return total * tokens * dtype
+
+
+def _kept_inside(decoder: Decoder, block: spec.Block) -> float:
+  """Returns what a block keeps of a token beside its input, by the remat preset."""
+  if decoder.remat == "full":
+    return 0.0
+  mixer, dim = block.mixer, decoder.spec.dim
+  # Queries, keys, values, the output, the stream between mixer and MLP.
+  features = _mixer_features(decoder, block) + dim
+  if decoder.remat == "dots_without_batch":
+    features -= mixer.heads * mixer.head_dim / _split(decoder, "heads")
+  if decoder.remat == "none":  # each product's input as well
+    features += 2 * dim
+  if block.mlp is not None:
+    wide = 2 if isinstance(block.mlp, spec.GLU) else 1
+    wide += 1 if decoder.remat == "none" else 0
+    features += wide * block.mlp.hidden / _split(decoder, "mlp")
+  return features
+
+
+def _mixer_features(decoder: Decoder, block: spec.Block) -> float:
+  """Returns queries, keys, values and outputs of a token."""
+  mixer = block.mixer
+  queries = 2 * mixer.heads / _split(decoder, "heads")
+  keys = 2 * mixer.kv_heads / _split(decoder, "kv_heads")
+  return (queries + keys) * mixer.head_dim
+
+
+def _backward(decoder: Decoder, work: Work) -> float:
+  """Returns the bytes alive in the backward pass of the largest block."""
+  return max(_block(decoder, block, work) for block in set(decoder.spec.blocks))
+
+
+def _block(decoder: Decoder, block: spec.Block, work: Work) -> float:
+  dtype = count.BYTES[decoder.precision.compute]
+  dim, tokens = decoder.spec.dim, work.rows * work.length
+  # The stream, its gradient, and one of a norm.
+  features = 3.0 * dim + _mixer_features(decoder, block)
+  largest = dim * block.mixer.heads * block.mixer.head_dim / _split(decoder, "heads")
+  if block.mlp is not None:
+    hidden = block.mlp.hidden / _split(decoder, "mlp")
+    # Gate and up, and the gradients of both.
+    features += (4 if isinstance(block.mlp, spec.GLU) else 2) * hidden
+    largest = max(largest, dim * hidden)
+  # Of the largest matrix the next one gathered, and two gradients on their way.
+  weights = largest * (dtype + 2 * 4) if _split(decoder, "embed") > 1 else 4 * largest
+  return features * tokens * dtype + _scores(decoder, block, work) + weights
+
+
+def _scores(decoder: Decoder, block: spec.Block, work: Work) -> float:
+  """Returns the bytes of attention's own, beside what it takes and gives."""
+  heads = block.mixer.heads / _split(decoder, "heads")
+  length = int(work.length)
+  asked = work_of(block.mixer, length, decoder.precision.compute)
+  match choose(decoder.attention, asked, decoder.layout).kernel:
+    case "splash":  # a row at a time
+      return 4.0 * LANES * length * heads
+    case "cudnn":  # the mask, and as numbers
+      return 3.0 * work.rows * length * length
+    case "blocks":  # scores, their exponentials, and the gradient of one
+      return 3 * 4.0 * work.rows * heads * min(QUERIES, length) * length
+    case "reference":
+      return 3 * 4.0 * work.rows * heads * length * length
+
+
+def _loss(decoder: Decoder, work: Work) -> float:
+  """Returns the bytes alive while the loss walks over its chunks."""
+  dtype = count.BYTES[decoder.precision.compute]
+  vocab, dim = decoder.spec.vocab / _split(decoder, "vocab"), decoder.spec.dim
+  tokens = work.rows * min(work.chunk, work.length)
+  logits = 2 * 4 * tokens * vocab
+  # The head gathered, its gradient, and that once more while it is being scattered.
+  head = dim * vocab * (dtype + 2 * 4)
+  return logits + head + 3 * work.rows * work.length * dim * dtype

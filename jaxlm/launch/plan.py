@@ -1,0 +1,133 @@
+"""Targets of a plan: named pieces of a pod, on a machine that has none of it.
+
+  v5p:4x4x4                    64 chips as a torus of 4 by 4 by 4
+  v6e:16x16@data=2,fsdp=128    with another mesh than the config's
+  h100:8                       8 GPUs; only the analytical part
+
+Several are separated by blanks and ranked. Compiling for a TPU needs libtpu, the extra
+`plan`, and no TPU.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.errors import InputError
+from jaxlm.launch.chips import Chip, chip_named
+from jaxlm.sharding.mesh import AXES, Mesh
+
+
+class Target(NamedTuple):
+  """What a plan is for."""
+
+  text: str
+  """As it was given."""
+  chip: Chip
+  dims: tuple[int, ...]
+  """Chips along each dimension of the torus, or how many."""
+  mesh: Mesh | None
+  """In place of the config's."""
+
+
+def targets(text: str) -> list[Target]:
+  """Returns the targets of --plan.
+
+  Raises:
+    InputError: what is no target, naming it.
+  """
+  found = [_target(word) for word in text.split()]
+  if not found:
+    raise InputError("--plan: empty; give CHIP:TOPOLOGY, for example v5p:4x4x4.")
+  return found
+
+
+def _target(text: str) -> Target:
+  place, _, axes = text.partition("@")
+  name, _, topology = place.partition(":")
+  chip = chip_named(name)
+  if not re.fullmatch(r"\d+(x\d+)*", topology) or "0" in topology.split("x"):
+    example = {3: "4x4x4", 2: "16x16", 0: "8"}[chip.torus]
+    raise InputError(
+      f"--plan={text}: {topology!r} is no topology; write {name}:{example}, the chips "
+      "along each dimension."
+    )
+  dims = tuple(int(n) for n in topology.split("x"))
+  if len(dims) != (chip.torus or 1):
+    raise InputError(
+      f"--plan={text}: {name} has {chip.torus or 1} dimension(s) and {topology} "
+      f"{len(dims)}."
+    )
+  sizes = {}
+  for entry in filter(None, axes.split(",")):
+    axis, _, size = entry.partition("=")
+    if axis not in AXES or not re.fullmatch(r"-?\d+", size):
+      raise InputError(
+        f"--plan={text}: {entry!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}."
+      )
+    sizes[axis] = int(size)
+  return Target(text, chip, dims, Mesh(**sizes) if sizes else None)
+
+
+def device_count(target: Target) -> int:
+  """Returns how many devices JAX sees on a target."""
+  return math.prod(target.dims) * (2 if target.chip.name == "v7x" else 1)
+
+
+def uncompiled(target: Target) -> str | None:
+  """Returns why nothing can be compiled for a target here, or None."""
+  if target.chip.platform != "tpu":
+    return f"no compiler for {target.chip.name} without one is set up in jaxlm"
+  if importlib.util.find_spec("libtpu") is None:
+    return "libtpu is not installed: pip install 'jaxlm[plan]'"
+  return None
+
+
+def devices(target: Target) -> list[Any]:
+  """Returns the devices of a TPU target, to compile for and not to run on.
+
+  Raises:
+    InputError: libtpu knows no such topology.
+  """
+  from jax.experimental import topologies
+
+  # Untold, libtpu asks a server what machine this is, and serves one process alone.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  jax.config.update("jax_platforms", "cpu")
+  name = f"{target.chip.name}:{'x'.join(map(str, target.dims))}"
+  name = name.replace("v7x:", "tpu7x:")
+  more: dict[str, Any] = {}
+  if target.chip.torus == 3:
+    # Links close to rings along dimensions of whole cubes; libtpu does not assume it.
+    # Without rings it makes other collectives, gathers as sums among them.
+    more["wrap"] = tuple(n % 4 == 0 for n in target.dims)
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
+  except Exception as error:
+    raise InputError(f"--plan={target.text}: libtpu refuses {name}: {error}") from None
+  return list(topology.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StandIn:
+  """A device in name alone, for shapes and shardings that nothing runs on."""
+
+  id: int
+  platform: str
+  device_kind: str
+  process_index: int = 0
+  client: None = None
+
+
+def stand_ins(target: Target) -> list[Any]:
+  """Returns devices in name alone, where nothing can be compiled."""
+  kind = target.chip.kinds[0]
+  return [
+    _StandIn(i, target.chip.platform, kind, i // target.chip.chips_a_host)
+    for i in range(device_count(target))
+  ]

@@ -1,0 +1,62 @@
+"""What a training run and its plan share: all that needs no data and no device."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.data.corpus import Data
+from jaxlm.models.decoder import Decoder
+from jaxlm.shapes import PyTree
+from jaxlm.sharding.rules import Layout
+from jaxlm.training import optimizers
+from jaxlm.training.objective import next_token
+from jaxlm.training.state import Plan, TrainState, axes_of, create
+from jaxlm.training.step import Step, make_step
+
+if TYPE_CHECKING:
+  from jaxlm.runs.train import Train
+
+
+class Assembled(NamedTuple):
+  """A model on its layout with its optimizer, and the step that trains it."""
+
+  decoder: Decoder
+  optimizer: optimizers.Built
+  plan: Plan
+  first_state: Callable[[], TrainState]
+  step: Step
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def assemble(
+  run: "Train", layout: Layout, load: Callable[[Decoder], PyTree] | None = None
+) -> Assembled:
+  """Returns the parts of a run; `load` gives first parameters for a decoder."""
+  decoder = Decoder(run.model, run.precision, layout, run.remat, run.attention)
+  optimizer = optimizers.build(run.optimizer, run.steps, axes_of(decoder))
+  plan, first_state = create(
+    decoder,
+    optimizer.transform,
+    run.seed,
+    ema=run.ema is not None,
+    moments=run.moments,
+    load=None if load is None else lambda: load(decoder),
+  )
+  step = make_step(
+    next_token(run.objective, decoder),
+    optimizer,
+    micro_batches=run.accumulate,
+    ema_decay=run.ema,
+  )
+  batch = batch_shapes(run.data)
+  return Assembled(decoder, optimizer, plan, first_state, step, batch)
+
+
+def batch_shapes(data: Data) -> dict[str, Any]:
+  """Returns the shapes of a batch as the loader makes it."""
+  shape = (data.batch, data.seq_len)
+  ints = ("tokens", "targets", "segments", "positions")
+  shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
+  return shapes | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
