@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import InputError
 from jaxlm.models import spec as specs
@@ -89,6 +90,7 @@ class Attention(nn.Module):
       y += bias(self, f"{name}_bias", shape[1:], self.precision.params).astype(y.dtype)[
         None, None
       ]
+    y = checkpoint_name(y, {"q": "query", "k": "key", "v": "value"}[name])
     return self.layout.constrain(y, "batch", "sequence", axes[1], "head_dim")
 
   def _qk_norm(self, name: str, norm: specs.Norm, x_BTHK: Array) -> Array:
@@ -107,7 +109,7 @@ class Attention(nn.Module):
     y = einsum("BTHK,HKD->BTD", out_BTHK, weight)
     if self.spec.bias == "all":
       y += bias(self, "o_bias", (dim,), dtype).astype(y.dtype)[None, None]
-    return y
+    return checkpoint_name(y, "out")
 
   def _read(self, cache: KVCache, q_BTHK: Array, positions_BT: Array) -> Array:
     k_BSGK, v_BSGK = (a.astype(q_BTHK.dtype) for a in cache)

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import InputError
 from jaxlm.models import spec as specs
@@ -17,7 +18,7 @@ from jaxlm.models.attention import Attention
 from jaxlm.models.mlp import FeedForward
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import matrix, table
-from jaxlm.ops.attention import KEPT, soft_cap
+from jaxlm.ops.attention import soft_cap
 from jaxlm.ops.kernels.choice import Kernel
 from jaxlm.ops.rope import sinusoids
 from jaxlm.ops.weights import einsum, lookup
@@ -28,17 +29,6 @@ MODULES: dict[type, type[nn.Module]] = {
   specs.GQA: Attention,
   specs.GLU: FeedForward,
   specs.MLP: FeedForward,
-}
-
-# Products with weights have no batch dimension; those of attention have, and its scores
-# are T x T: of attention only what its kernel names is ever kept.
-_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-POLICIES: dict[str, Callable[..., Any] | None] = {
-  "full": None,
-  "dots": jax.checkpoint_policies.save_from_both_policies(
-    _PRODUCTS, jax.checkpoint_policies.save_only_these_names(KEPT)
-  ),
-  "dots_without_batch": _PRODUCTS,
 }
 
 
@@ -56,6 +46,7 @@ class Block(nn.Module):
     self, x_BTD: Array, cache: Any, positions_BT: Array, segments_BT: Array | None
   ) -> tuple[Array, Any]:
     """Returns the residual stream and this block's cache."""
+    x_BTD = checkpoint_name(x_BTD, "input")
     shared = (self.precision, self.layout, self.depth)
     module = MODULES[type(self.spec.mixer)]
     mixer = module(self.spec.mixer, *shared, self.attention, name="mixer")
@@ -119,14 +110,27 @@ class Pattern(nn.Module):
 def remat(
   module: type[nn.Module], policy: specs.Remat, *, prevent_cse: bool
 ) -> type[nn.Module]:
-  """Returns the module with its activations recomputed by the named policy.
+  """Returns the module with its activations kept as the policy says.
 
   Outside a scan `prevent_cse` must hold: else the compiler finds the same computation
   twice, keeps its first result, and saves no memory.
   """
-  if policy == "none":
+  keep = specs.kept(policy)
+  if keep is None:
     return module
-  return nn.remat(module, policy=POLICIES[policy], prevent_cse=prevent_cse)
+  offloaded = keep.named("offload")
+  if offloaded:
+    # Offloaded, the stream is kept by its name; saved, as the block's argument.
+    chosen = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[n for n in keep.named("save") if n != "input"],
+      names_which_can_be_offloaded=list(offloaded),
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  else:
+    names = [name for name in keep.named("save") if name != "input"]
+    chosen = jax.checkpoint_policies.save_only_these_names(*names)
+  return nn.remat(module, policy=chosen, prevent_cse=prevent_cse)
 
 
 class Embed(nn.Module):

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models import spec as specs
 from jaxlm.models.parameters import bias, matrix
@@ -60,4 +61,4 @@ class FeedForward(nn.Module):
       y += (
         bias(self, f"{name}_bias", shape[1:], dtype).astype(y.dtype).reshape(1, 1, -1)
       )
-    return y
+    return checkpoint_name(y, name)

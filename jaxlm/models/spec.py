@@ -4,7 +4,7 @@ Nothing here imports JAX, so that configs load fast and counts need no device.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxlm.errors import InputError
 
@@ -317,8 +317,56 @@ class Precision:
   """Dtype of activations and matrix products."""
 
 
-Remat = Literal["none", "full", "dots", "dots_without_batch"]
-"""What a block recomputes in the backward pass instead of keeping it: nothing, all, all
-but products with weights and what attention gives, or attention too. Norms, activations
-and attention scores are always recomputed from their inputs: they cost less than they
-take."""
+Stay = Literal["save", "recompute", "offload"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+  """What becomes of a block's activations between forward and backward pass.
+
+  Each is saved on the device, offloaded to the host's memory, or recomputed. What is
+  not named (norms, activation functions, attention scores) is always recomputed: it
+  costs less than it takes.
+  """
+
+  input: Literal["save", "offload"] = "save"
+  """The residual stream that enters the block; all else comes from it."""
+  query: Stay = "recompute"
+  """The product with the query weights."""
+  key: Stay = "recompute"
+  """The product with the key weights."""
+  value: Stay = "recompute"
+  """The product with the value weights."""
+  attention: Stay = "recompute"
+  """What the backward pass of the kernels blocks and splash needs; the others have
+  no name for it and recompute it."""
+  out: Stay = "recompute"
+  """The mixer's update to the residual stream."""
+  gate: Stay = "recompute"
+  """The product with a GLU's gate weights."""
+  up: Stay = "recompute"
+  """The product with the MLP's up weights."""
+  down: Stay = "recompute"
+  """The MLP's update to the residual stream; needed only where a norm follows it."""
+
+  def named(self, stay: str) -> tuple[str, ...]:
+    """Returns the activations of a kind."""
+    return tuple(name for name, value in vars(self).items() if value == stay)
+
+
+_PRODUCTS: dict[str, Any] = dict.fromkeys(
+  ("query", "key", "value", "out", "gate", "up", "down"), "save"
+)
+PRESETS: dict[str, Keep] = {
+  "full": Keep(),
+  "dots_without_batch": Keep(**_PRODUCTS),
+  "dots": Keep(**_PRODUCTS, attention="save"),
+}
+Remat = Literal["none", "full", "dots", "dots_without_batch"] | Keep
+"""What the backward pass recomputes: none of what a block needs, all of it, all but
+products with weights and what attention gives, or attention too; or a table."""
+
+
+def kept(remat: Remat) -> Keep | None:
+  """Returns the table of a preset; None where nothing is recomputed on purpose."""
+  return remat if isinstance(remat, Keep) else PRESETS.get(remat)

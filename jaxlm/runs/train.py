@@ -37,13 +37,13 @@ from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.checkpoints import Checkpoints, Restored, Store
 from jaxlm.training.objective import Batch, NextToken
-from jaxlm.training.state import TrainState
+from jaxlm.training.state import Moments, TrainState
 from jaxlm.training.step import compile_step
 
 FREE = (
-  "steps", "mesh", "sharding", "moments", "remat", "attention", "compiler",
-  "checkpoints", "evaluate_every", "log_every", "samples", "data.cache", "data.threads",
-  "data.prefetch", "objective.chunk",
+  "steps", "mesh", "sharding", "moments", "remat", "attention",
+  "compiler", "checkpoints", "evaluate_every", "log_every", "samples", "data.cache",
+  "data.threads", "data.prefetch", "objective.chunk",
 )  # fmt: skip
 
 
@@ -123,9 +123,8 @@ class Train:
   """How the devices are arranged."""
   sharding: ShardingRules = dataclasses.field(default_factory=ShardingRules)
   """Which logical axis is split over which mesh axes."""
-  moments: ShardingRules | None = None
-  """The rules of what the optimizer keeps, and of averages; None: as the parameters.
-  With embed=(fsdp,data) replicas share them (ZeRO, stage 1)."""
+  moments: Moments = dataclasses.field(default_factory=Moments)
+  """How the optimizer's state is split, and in which memory it is kept."""
   accumulate: int = 1
   """Micro-batches of a step; the loss does not depend on it."""
   ema: float | None = None
@@ -209,7 +208,7 @@ class Train:
     print(summary.describe_attention(decoder, self.data.seq_len))
     print(
       f"remat: {self.remat}; parameters {self.precision.params}, computation "
-      f"{self.precision.compute}"
+      f"{self.precision.compute}; optimizer state on the {self.moments.memory}"
     )
     print(xla.describe(options))
 

@@ -1,7 +1,8 @@
 """The one pytree that a step maps to the next; created sharded, never whole."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,20 @@ from jaxlm.sharding.rules import (
 )
 
 REPLICATED_LIMIT = 0.02
+HOST = "pinned_host"
+"""JAX's name of the host memory that a device reads without help."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moments:
+  """Where what the optimizer keeps of each parameter lives."""
+
+  sharding: ShardingRules | None = None
+  """Its own rules, averages of parameters included; None: as the parameters. With
+  embed=(fsdp,data) replicas share them (Rajbhandari et al. 2020, ZeRO, stage 1)."""
+  memory: Literal["device", "host"] = "device"
+  """On the host it takes no memory of the device between steps; each step moves it
+  there and back."""
 
 
 class TrainState(NamedTuple):
@@ -51,14 +66,13 @@ def create(
   seed: int,
   *,
   ema: bool,
-  moments: ShardingRules | None = None,
+  moments: Moments = Moments(),
   load: Callable[[], PyTree] | None = None,
 ):
   """Returns (plan, function that makes the state sharded as the plan says).
 
   Parameters are drawn from the seed, or come from `load`, sharded as they shall be.
-  What the optimizer keeps of each parameter is split as the parameter is, or by the
-  rules `moments` (Rajbhandari et al. 2020, ZeRO, stage 1).
+  What the optimizer keeps of each parameter is placed as `moments` says.
 
   Raises:
     InputError: the mesh does not divide a parameter, or more than 2% of the parameter
@@ -78,8 +92,11 @@ def create(
     return TrainState(step, params, transform.init(params), rng, average)
 
   shapes = jax.eval_shape(make)
-  kept = layout if moments is None else Layout(layout.mesh, moments)
+  kept = Layout(layout.mesh, moments.sharding or layout.rules)
   shardings = _shardings((layout, kept), shapes, transform, axes_of(decoder))
+  if moments.memory == "host":
+    on_host = _on_host(shapes.opt_state, shardings.opt_state)
+    shardings = shardings._replace(opt_state=on_host)
   check_divides(layout, shapes.params, shardings.params)
   check_divides(kept, shapes.params, _of_params(kept, axes_of(decoder)))
   share = replicated_share(layout, shapes.params, shardings.params)
@@ -97,6 +114,26 @@ def create(
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(loaded)
 
   return plan, first_state
+
+
+def _on_host(shapes: PyTree, shardings: PyTree) -> PyTree:
+  """Returns the shardings with every array of a parameter's size in host memory."""
+  return jax.tree.map(
+    lambda leaf, sharding: sharding.with_memory_kind(HOST) if leaf.ndim else sharding,
+    shapes,
+    shardings,
+  )
+
+
+def on_device(state: TrainState, shardings: TrainState) -> TrainState:
+  """Returns the state with what the plan keeps in host memory brought to the device."""
+
+  def bring(leaf, sharding):
+    if sharding.memory_kind != HOST:
+      return leaf
+    return jax.device_put(leaf, sharding.with_memory_kind("device"))
+
+  return jax.tree.map(bring, state, shardings)
 
 
 def _of_params(layout: Layout, axes: PyTree) -> PyTree:

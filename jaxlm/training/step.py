@@ -10,7 +10,7 @@ from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import Batch, Objective, Ratio, Terms
-from jaxlm.training.state import Plan, TrainState
+from jaxlm.training.state import Plan, TrainState, on_device
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -110,8 +110,12 @@ def compile_step(
   """
   rows = layout.sharding("batch", "sequence")
   shardings = jax.tree.map(lambda _: rows, batch)
+
+  def from_plan(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    return step(on_device(state, plan.shardings), batch)
+
   jitted = jax.jit(
-    step,
+    from_plan,
     in_shardings=(plan.shardings, shardings),
     out_shardings=(plan.shardings, None),
     donate_argnums=0,

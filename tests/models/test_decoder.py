@@ -16,7 +16,16 @@ from jaxlm.models.attention import Attention
 from jaxlm.models.decoder import axes_of, init, logits
 from jaxlm.models.mlp import FeedForward
 from jaxlm.models.norms import Norm
-from jaxlm.models.spec import GLU, GQA, LM, Block, Learned, Placement, Precision
+from jaxlm.models.spec import (
+  GLU,
+  GQA,
+  LM,
+  Block,
+  Keep,
+  Learned,
+  Placement,
+  Precision,
+)
 from jaxlm.trees import named_leaves
 from models.specs import DIM, SPECS, VOCAB, alone, decoder, model, params_of
 
@@ -228,7 +237,8 @@ def test_one_layer_sees_no_further_than_its_window():
 
 
 WITH_PREFIX = dataclasses.replace(LLAMA, prefix=LLAMA.pattern)
-REMATS = ("none", "full", "dots", "dots_without_batch")
+OFFLOAD = Keep(input="offload", query="save", attention="offload", gate="offload")
+REMATS = ("none", "full", "dots", "dots_without_batch", OFFLOAD)
 
 
 def cubes(remat, spec):
@@ -243,26 +253,45 @@ def cubes(remat, spec):
 
 def test_remat_changes_neither_loss_nor_gradients():
   params = params_of(decoder(LLAMA))
-  losses = {remat: jax.value_and_grad(cubes(remat, LLAMA)) for remat in REMATS}
-  found = jax.jit(lambda p: {remat: grad(p) for remat, grad in losses.items()})(params)
-  for remat in REMATS[1:]:
-    for a, b in zip(
-      jax.tree.leaves(found[remat]), jax.tree.leaves(found["none"]), strict=True
-    ):
+  losses = [jax.value_and_grad(cubes(remat, LLAMA)) for remat in REMATS]
+  wanted, *others = jax.jit(lambda p: [grad(p) for grad in losses])(params)
+  for found in others:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
       assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+SANDWICH = tuple(dataclasses.replace(b, placement="sandwich") for b in LLAMA.pattern)
+NEEDING_ALL = dataclasses.replace(LLAMA, prefix=SANDWICH, pattern=SANDWICH)
+
+
+def residuals(remat, spec, params):
+  """Returns what the backward pass keeps: (elements, how many arrays on the host)."""
+  back = lambda p: jax.vjp(cubes(remat, spec), p)[1]  # noqa: E731
+  kept = jax.make_jaxpr(back)(params).out_avals
+  on_host = sum(aval.memory_space == jax.memory.Space.Host for aval in kept)
+  return sum(aval.size for aval in kept), on_host
 
 
 def test_remat_keeps_less_for_the_backward_pass():
   params = params_of(decoder(WITH_PREFIX))
+  presets = ("full", "dots_without_batch", "dots", "none")
+  full, less, dots, none = (
+    residuals(remat, WITH_PREFIX, params)[0] for remat in presets
+  )
+  assert full < less < dots < none
 
-  def kept(remat):
-    back = jax.eval_shape(lambda p: jax.vjp(cubes(remat, WITH_PREFIX), p)[1], params)
-    return sum(leaf.size for leaf in jax.tree.leaves(back))
 
-  full, less, dots, none = map(kept, ("full", "dots_without_batch", "dots", "none"))
-  # The attention of a whole sequence has a backward pass of its own, which keeps no
-  # product with a batch dimension: both policies keep the products with weights.
-  assert full < less <= dots < none
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Keep)])
+def test_each_activation_is_saved_or_goes_to_the_host_alone(name):
+  params = params_of(decoder(NEEDING_ALL))
+  least, none = residuals(Keep(), NEEDING_ALL, params)
+  assert none == 0
+  size, on_host = residuals(Keep(**{name: "offload"}), NEEDING_ALL, params)
+  # One of the prefix, one of the scan's layers; of attention also the log-partitions.
+  assert on_host == (4 if name == "attention" else 2)
+  if name != "input":
+    assert size > least
+    assert residuals(Keep(**{name: "save"}), NEEDING_ALL, params) == (size, 0)
 
 
 def test_recomputation_outside_a_scan_is_kept_apart_from_the_forward_pass():

@@ -222,11 +222,11 @@ def test_negative_control_a_wrong_step(tiny, whole, copy, tmp_path, monkeypatch)
     require_equal(got, whole[1], range(8, STEPS))
 
 
-def test_on_another_mesh_the_order_is_identical_and_losses_agree(
+def test_on_another_mesh_and_memory_the_order_is_identical_and_losses_agree(
   tiny, whole, copy, tmp_path, capsys
 ):
   place = copy(whole[0], newest=8)
-  mesh = ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=4"]
+  mesh = ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=4", "moments.memory=host"]
   got = resume(tiny, place, tmp_path / "order", *mesh)
   assert "mesh.tensor: 1 -> 4" in capsys.readouterr().out
   assert [got.order[s] for s in range(8, 12)] == [

@@ -16,14 +16,14 @@ import optax
 import pytest
 
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
+from jaxlm.models.spec import GLU, GQA, LM, Block, Keep, Precision, Remat
 from jaxlm.runs.summary import bytes_on_a_device
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.objective import NextToken, next_token
-from jaxlm.training.state import axes_of, create
+from jaxlm.training.state import Moments, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 from jaxlm.trees import named_leaves
 
@@ -43,24 +43,39 @@ MESHES = {
   "fsdp 2 x context 2 x tensor 2": Mesh(fsdp=2, context=2, tensor=2),
   "2 slices x data 2 x fsdp 2": Mesh(data=4, fsdp=2, slices=2),
 }
-PLAIN = ShardingRules()
+PLAIN, ALIKE = ShardingRules(), Moments()
 SEQUENCE_PARALLEL = ShardingRules(stream=("context", "tensor"))
 ZERO = ShardingRules(embed=("fsdp", "data"))
-RULES = {
-  "fsdp 4 x tensor 2, sequence parallel": (
-    Mesh(fsdp=4, tensor=2), SEQUENCE_PARALLEL, None,
+
+
+class Place(NamedTuple):
+  """What must not change a number."""
+
+  mesh: Mesh
+  rules: ShardingRules = PLAIN
+  moments: Moments = ALIKE
+  remat: Remat = "none"
+
+
+PLACES = {name: Place(mesh) for name, mesh in MESHES.items()} | {
+  "fsdp 4 x tensor 2, sequence parallel": Place(
+    Mesh(fsdp=4, tensor=2), SEQUENCE_PARALLEL
   ),
-  "fsdp 2 x context 2 x tensor 2, sequence parallel": (
-    Mesh(fsdp=2, context=2, tensor=2), SEQUENCE_PARALLEL, None,
+  "fsdp 2 x context 2 x tensor 2, sequence parallel": Place(
+    Mesh(fsdp=2, context=2, tensor=2), SEQUENCE_PARALLEL
   ),
-  "data 8, moments shared": (Mesh(data=8, fsdp=1), PLAIN, ZERO),
-  "data 2 x fsdp 2 x tensor 2, moments shared, sequence parallel": (
+  "data 8, moments shared": Place(Mesh(data=8, fsdp=1), moments=Moments(sharding=ZERO)),
+  "data 2 x fsdp 2 x tensor 2, moments shared, sequence parallel": Place(
     Mesh(data=2, fsdp=2, tensor=2),
     SEQUENCE_PARALLEL,
-    dataclasses.replace(SEQUENCE_PARALLEL, embed=("fsdp", "data")),
+    Moments(sharding=dataclasses.replace(SEQUENCE_PARALLEL, embed=("fsdp", "data"))),
   ),
-}  # fmt: skip
-PLACES = {name: (mesh, PLAIN, None) for name, mesh in MESHES.items()} | RULES
+  "fsdp 4 x tensor 2, moments and activations on the host": Place(
+    Mesh(fsdp=4, tensor=2),
+    moments=Moments(memory="host"),
+    remat=Keep(input="offload", attention="save", up="offload"),
+  ),
+}
 BLOCK = Block(mixer=GQA(heads=16, kv_heads=8, head_dim=4), mlp=GLU(hidden=128))
 MODELS = {
   "untied": LM(vocab=64, dim=64, pattern=(BLOCK,), repeats=2),
@@ -120,23 +135,17 @@ def packed_rows() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def run(
-  model: str,
-  mesh: Mesh,
-  devices: int,
-  rules: ShardingRules = PLAIN,
-  moments: ShardingRules | None = None,
-) -> Seen:
+def run(model: str, place: Place, devices: int = 8) -> Seen:
   """Trains one step on a layout."""
-  layout = Layout(make_mesh(mesh, jax.devices()[:devices]), rules)
-  decoder = Decoder(MODELS[model], Precision(), layout)
+  layout = Layout(make_mesh(place.mesh, jax.devices()[:devices]), place.rules)
+  decoder = Decoder(MODELS[model], Precision(), layout, place.remat)
   # With eps as large as the gradients, an update says how large its gradient was; the
   # sign of a gradient near zero would hang on rounding.
   spec = optimizers.AdamW(lr=schedules.Constant(peak=0.1), eps=1e-2)
   built = optimizers.build(spec, 10, axes_of(decoder))
   built = built._replace(transform=optax.chain(keep_gradients(), built.transform))
   objective = next_token(NextToken(z_loss=1e-2, chunk=5), decoder)
-  plan, make = create(decoder, built.transform, 3, ema=False, moments=moments)
+  plan, make = create(decoder, built.transform, 3, ema=False, moments=place.moments)
   rows = packed_rows()
   step = make_step(objective, built, micro_batches=MICRO_BATCHES[model])
   shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in rows.items()}
@@ -155,7 +164,7 @@ def run(
 
 
 def alone(model: str) -> Seen:
-  return run(model, Mesh(), 1)
+  return run(model, Place(Mesh()), 1)
 
 
 def differences(found: Seen, wanted: Seen) -> dict[str, float]:
@@ -170,8 +179,7 @@ def differences(found: Seen, wanted: Seen) -> dict[str, float]:
 
 @pytest.mark.parametrize(("model", "place"), CASES)
 def test_a_layout_equals_one_device(model, place, capfd):
-  mesh, rules, moments = PLACES[place]
-  found, wanted = run(model, mesh, 8, rules, moments), alone(model)
+  found, wanted = run(model, PLACES[place]), alone(model)
   assert found.first.keys() == wanted.first.keys()
   for name, leaf in wanted.first.items():
     np.testing.assert_array_equal(found.first[name], leaf, err_msg=name)
@@ -194,7 +202,7 @@ def test_the_step_moves_every_parameter(model):
 def test_a_sharded_loss_without_its_sums_fails(monkeypatch):
   """The negative control: no sum over devices in `ops/losses.py`."""
   monkeypatch.setattr(jax.lax, "psum", lambda x, axes: x)
-  wrong = run.__wrapped__("untied", MESHES["data 8"], 8)
+  wrong = run.__wrapped__("untied", PLACES["data 8"])
   rows = differences(wrong, alone("untied"))
   assert rows["loss"] > 1e-2
   assert rows["grads/head"] > 1e-2
@@ -208,7 +216,7 @@ def test_shared_moments_are_split_over_the_replicas():
   )
   plans = [
     create(decoder, built.transform, 0, ema=True, moments=moments)[0]
-    for moments in (None, ZERO)
+    for moments in (Moments(), Moments(sharding=ZERO))
   ]
   whole, split = (
     bytes_on_a_device(plan.shapes.opt_state, plan.shardings.opt_state) for plan in plans
@@ -216,3 +224,18 @@ def test_shared_moments_are_split_over_the_replicas():
   assert split < whole / 7
   held = [bytes_on_a_device(p.shapes.params, p.shardings.params) for p in plans]
   assert held[0] == held[1]
+
+
+def test_moments_in_host_memory_leave_the_rest_on_the_device():
+  layout = Layout(make_mesh(Mesh(fsdp=8)))
+  decoder = Decoder(MODELS["untied"], Precision(), layout)
+  spec = optimizers.AdamW(lr=schedules.Constant(peak=0.1))
+  built = optimizers.build(spec, 10, axes_of(decoder))
+  moments = Moments(memory="host")
+  plan, make = create(decoder, built.transform, 0, ema=True, moments=moments)
+  state = make()
+  for leaf in jax.tree.leaves(state.opt_state):
+    assert leaf.sharding.memory_kind == ("pinned_host" if leaf.ndim else "device")
+  for leaf in jax.tree.leaves((state.params, state.ema, state.step)):
+    assert leaf.sharding.memory_kind == "device"
+  assert jax.tree.map(lambda leaf: leaf.sharding, state) == plan.shardings
