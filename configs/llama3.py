@@ -1,11 +1,20 @@
 """Llama 3 from scratch at its published sizes, on a pod of TPUs.
 
-    uv run jaxlm --config=configs/llama3.py:size=8b --plan=v5p:4x4x4
-    uv run jaxlm --config=configs/llama3.py:size=8b,text=gs://bucket/text \
-        --workdir=gs://bucket/run
+    uv run --extra plan jaxlm --config=configs/llama3.py:size=8b --plan=v5p:4x4x4
 
-Sizes as published (Grattafiori et al. 2024); the tokenizer must have at most 128,256
-ids, one of the published size being the usual choice.
+compiles the step for 64 chips that are not there, and
+
+    uv run --extra tpu jaxlm --config=configs/llama3.py:size=8b,text=TEXT --workdir=DIR
+
+on every host trains: TEXT such as gs://bucket/text/*.jsonl.zst (with --extra gcs), DIR
+a folder that all hosts see; a workdir on gs:// is refused. Sizes as published
+(Grattafiori et al. 2024); the tokenizer, of 128,000 ids, is trained on the text. Not
+trained on a pod yet. By the plan (experiments/plan/, libtpu 0.0.42.1):
+
+    size, batch  on         peak GB  of HBM  TFLOP in products  at best, an estimate
+    8b     256   v5p:4x4x4     16.3    95.0     1,810 a chip    4.6 s, 455k tokens/s
+    8b   1,024   v6e:16x16     14.7    32.0     1,810 a chip    2.4 s, 3.5M tokens/s
+    70b  1,024   v5p:4x8x8     60.4    95.0    16,919 a chip   40.4 s, 207k tokens/s
 """
 
 from typing import Literal

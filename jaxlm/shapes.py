@@ -8,7 +8,8 @@ Arrays of rank two and up carry their dimensions as a suffix: `q_BTHK`.
   R  query heads per key-value head, H = G R
   K  dim of a head              F  hidden dim of an MLP
   V  vocabulary                 L  layers that one scan runs over
-  N  tokens of a batch, B T     C  tokens of a chunk
+  N  tokens of a batch, B T; new tokens, or ranks, of a row
+  C  tokens of a chunk
   M  micro-batches of a step
 """
 

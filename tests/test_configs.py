@@ -23,8 +23,9 @@ ARGUMENTS = {
   "chat": f"model={MODEL}",
   "convert": f"source={MODEL},target=x",
   "finetune": f"model={MODEL}",
+  "generate": f"model={MODEL},prompts=x.txt,out=x.jsonl",
 }
-TRAINED = [file for file in FILES if file.stem not in ("chat", "convert")]
+TRAINED = [file for file in FILES if file.stem not in ("chat", "convert", "generate")]
 CONFIGS = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 

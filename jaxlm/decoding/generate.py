@@ -1,101 +1,334 @@
-"""Prefill the cache with the prompts, then one scan over the new tokens."""
+"""Prompts to new tokens: a prefill in chunks, then one compiled loop.
 
+Rows may differ in everything: the length of the prompt, the sampling, when they stop.
+None of it, nor the neighbours, nor the mesh changes what a row gets. Compiled are: a
+prefill for each power of two up to the chunk, and one loop; for each bucket of rows, of
+slots and of new tokens.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding import cache as caches
-from jaxlm.decoding.sampling import Sampling, sample
+from jaxlm.decoding import choice
+from jaxlm.decoding.choice import Ranked, Seen
+from jaxlm.decoding.prefill import (
+  Prefix,
+  bucket,
+  check,
+  make_cache,
+  placed,
+  prefill,
+  slots_for,
+  whole,
+)
+from jaxlm.decoding.sampling import Controls, Sampling, controls
 from jaxlm.errors import InputError
-from jaxlm.models import spec
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.shapes import Array, Int, PyTree
+
+
+class Out(NamedTuple):
+  """What a loop writes, a column for each new token."""
+
+  token_BN: Array
+  model_BN: Array
+  """Log-probabilities of the tokens under the model, in nats."""
+  sampling_BN: Array
+  """The same under the distribution that they were drawn from."""
+  top: Ranked | None
+  """The likeliest tokens under the model, [B, N, top]."""
+
+
+class State(NamedTuple):
+  """What the loop carries; its buffers are given away at each call."""
+
+  cache: PyTree
+  seen: Seen
+  token_B: Array
+  """The newest token, whose keys the cache does not hold yet."""
+  position_B: Array
+  """Its position."""
+  done_B: Array
+  made: Array
+  """Columns written."""
+  out: Out
+
+
+class Generated(NamedTuple):
+  """What a row got."""
+
+  tokens: list[int]
+  """New ids, the stop left out."""
+  ended: Literal["stop", "length", "caller"]
+  """A stop token came, or no more were asked for, or the caller ended the row."""
+  model: list[float]
+  """Log-probability of each token under the model, in nats."""
+  sampling: list[float]
+  """The same under the distribution that it was drawn from; 0 for greedy."""
+  top: list[dict[int, float]]
+  """The likeliest ids at each place and their log-probabilities under the model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What holds for all rows of a generation."""
+
+  tokens: int
+  """Most new ids of a row."""
+  stops: Collection[int] = ()
+  """Ids that end a row."""
+  seed: int = 0
+  """Of the rows whose sampling names none."""
+  top: int = 0
+  """How many of the likeliest ids to return at each place."""
+  chunk: int = 512
+  """Prompt tokens read at a time: the memory of a long prompt is bounded by it."""
+  cache: str | None = None
+  """Dtype of keys and values, int8 among them; None: that of the computation."""
 
 
 def generate(
   decoder: Decoder,
   params: PyTree,
   prompts: Sequence[Sequence[int]],
-  sampling: Sampling,
+  sampling: Sampling | Sequence[Sampling],
   *,
-  tokens: int,
-  end: int,
-  seed: int = 0,
-) -> list[list[int]]:
-  """Returns up to `tokens` new ids for each prompt, without the end id.
+  prefix: Prefix | None = None,
+  **options: Any,
+) -> list[Generated]:
+  """Returns new ids for each prompt.
 
-  A row stops at `end`. Each row draws from its own stream of the seed, so its sample
-  does not depend on its neighbours.
+  Args:
+    decoder: the model; `unroll` makes it and its parameters faster on a CPU.
+    params: its parameters.
+    prompts: ids of each row.
+    sampling: one for all rows, or one for each.
+    prefix: what every row begins with, already read.
+    options: the fields of `Options`; `tokens` has to be given.
 
   Raises:
-    InputError: a prompt is empty, `tokens` is under 1, or the model has fewer learned
-      positions than the longest row needs.
+    InputError: naming the prompt, the field or the bound that is wrong.
   """
-  _check(decoder.spec, prompts, tokens)
-  lengths_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
-  prompts_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
-  for row, prompt in zip(prompts_BT, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  new_BT = _run(
-    decoder, sampling, tokens, end, params, prompts_BT, lengths_B, np.uint32(seed)
-  )
-  rows = np.asarray(new_BT).tolist()
-  return [row[: row.index(end)] if end in row else row for row in rows]
+  chosen = Options(**options)
+  return Generation(decoder, params, prompts, sampling, chosen, prefix).finish()
 
 
-def _check(model: spec.LM, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-  for i, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise InputError(f"prompt {i} is empty; give it at least the begin token.")
-  if tokens < 1:
-    raise InputError(f"tokens: {tokens} is under 1.")
-  longest = max(map(len, prompts))
-  positions = model.positions
-  if isinstance(positions, spec.Learned) and longest + tokens - 1 > positions.length:
-    raise InputError(
-      f"model.positions.length: {positions.length} positions are learned and the "
-      f"longest row needs {longest} + {tokens} - 1. Ask for fewer tokens."
-    )
+class Generation:
+  """Rows that are being written, for callers who want to see them grow."""
+
+  def __init__(
+    self,
+    decoder: Decoder,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    options: Options,
+    prefix: Prefix | None = None,
+  ):
+    """Reads the prompts; arguments and errors are those of `generate`."""
+    rows = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    shared = () if prefix is None else prefix.ids
+    _check(decoder, prompts, rows, options, len(shared))
+    self._decoder, self._options, self._rows = decoder, options, len(prompts)
+    self.prompts, self.samplings = prompts, rows
+    """As they were given; of samplings one for each row."""
+    B = whole(bucket(len(prompts)), decoder.layout.size("batch"))
+    # Added rows repeat the first, so that no program is compiled for their sake.
+    prompts = [*prompts, *[prompts[0]] * (B - len(prompts))]
+    rows = [*rows, *[rows[0]] * (B - len(rows))]
+    vocab, stops = decoder.spec.vocab, sorted(set(options.stops))
+    asked = controls(rows, vocab, stops=stops, seed=options.seed)
+    seen = choice.start(asked, [[*shared, *row] for row in prompts], vocab)
+    # On the host: with several processes an array of one of them is no argument.
+    self._given = (params, jax.device_get(asked), pad_stops(stops))
+    longest = len(shared) + max(map(len, prompts)) + options.tokens - 1
+    if prefix is None:
+      kept = options.cache or decoder.precision.compute
+      cache = make_cache(decoder, B, slots_for(longest), kept)
+    else:
+      cache = prefix.repeated(decoder, B, longest)
+    rows_read = (prompts, len(shared))
+    self._cache, x_B1D = prefill(decoder, params, cache, rows_read, options.chunk)
+    places_B = np.asarray([len(shared) + len(row) for row in prompts], np.int32)
+    unwanted_B = np.arange(B) >= self._rows
+    self._read = (x_B1D, jax.device_get(seen), places_B, unwanted_B)
+    self._state: State | None = None
+    self._ended: dict[int, int] = {}
+    self._stops = frozenset(stops)
+
+  @property
+  def vocab(self) -> int:
+    """The model's number of ids."""
+    return self._decoder.spec.vocab
+
+  @property
+  def made(self) -> int:
+    """New tokens so far, of the rows that have not stopped."""
+    return 0 if self._state is None else int(self._state.made)
+
+  @property
+  def running(self) -> bool:
+    """Whether a row wants more tokens."""
+    if self._state is None:
+      return True
+    return self.made < self._options.tokens and not np.all(self._state.done_B)
+
+  def step(self, tokens: int = 1, mask_BV: np.ndarray | None = None) -> None:
+    """Makes up to so many more tokens of every row that has not stopped.
+
+    With a mask, [rows, V], only tokens that it has can come.
+    """
+    params, controls, stops_S = self._given
+    if mask_BV is not None:
+      extra = len(self._read[-1]) - len(mask_BV)
+      mask_BV = np.concatenate((mask_BV, np.ones((extra, mask_BV.shape[1]), bool)))
+      controls = controls._replace(mask_BV=mask_BV)
+    given, most = (params, controls, stops_S), self._options.tokens
+    upto = np.int32(min(self.made + tokens, most))
+    if self._state is None:
+      top, width = self._options.top, bucket(most)
+      self._state = begin(self._decoder, top, width, given, self._cache, self._read)
+      del self._cache
+    if self.made < upto:
+      self._state = advance(self._decoder, self._options.top, given, self._state, upto)
+
+  def end(self, row: int, tokens: int) -> None:
+    """Ends a row after so many of its tokens: a stop string, a constraint's end."""
+    if self._state is None:
+      raise ValueError(f"row {row}: it has no token yet")
+    self._ended.setdefault(row, tokens)
+    done_B = np.asarray(self._state.done_B).copy()
+    done_B[row] = True
+    self._state = self._state._replace(done_B=done_B)
+
+  def rows(self) -> list[Generated]:
+    """Returns what every row has so far."""
+    if self._state is None:
+      return [Generated([], "length", [], [], []) for _ in range(self._rows)]
+    made, out = self.made, jax.device_get(self._state.out)
+    return [self._row(out, row, made) for row in range(self._rows)]
+
+  def stream(self, every: int) -> Iterator[list[Generated]]:
+    """Yields all rows after each so many new tokens, until all have ended."""
+    while self.running:
+      self.step(every)
+      yield self.rows()
+
+  def finish(self) -> list[Generated]:
+    """Makes all that is left."""
+    if self.running:
+      self.step(self._options.tokens)
+    return self.rows()
+
+  def _row(self, out: Out, row: int, made: int) -> Generated:
+    ids = out.token_BN[row, :made].tolist()
+    stop = next((i for i, token in enumerate(ids) if token in self._stops), None)
+    cut = self._ended.get(row)
+    ended: Any = "length" if stop is None else "stop"
+    if cut is not None and (stop is None or cut <= stop):
+      stop, ended = cut, "caller"
+    end = len(ids) if stop is None else stop
+    top: list[dict[int, float]] = []
+    if out.top is not None:
+      ranked = (out.top.token_BN[row, :end], out.top.logprob_BN[row, :end])
+      pairs = zip(*(a.tolist() for a in ranked), strict=True)
+      top = [dict(zip(*pair, strict=True)) for pair in pairs]
+    model, sampling = (a[row, :end].tolist() for a in (out.model_BN, out.sampling_BN))
+    return Generated(ids[:end], ended, model, sampling, top)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(
+def _check(
   decoder: Decoder,
-  sampling: Sampling,
-  tokens: int,
-  end: int,
-  params: PyTree,
-  prompts_BT: Int[Array, "B T"],
-  lengths_B: Int[Array, "B"],
-  seed: Array,
-) -> Int[Array, "B T"]:
-  B, T = prompts_BT.shape
-  keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-    jnp.arange(B)
-  )
-  cache = caches.empty(decoder.spec, B, T + tokens, decoder.precision.compute)
-  x_BTD, cache = decoder.apply({"params": params}, prompts_BT, cache=cache)
-  last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
-
-  def choose(x_B1D: Array, step: Array) -> Array:
-    logits_BV = logits(decoder.spec, params, x_B1D)[:, 0]
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
-    return sample(sampling, logits_BV, keys)
-
-  def one(carry, step: Array):
-    cache, token_B, done_B = carry
-    position_B1 = (lengths_B + step)[:, None]
-    x_B1D, cache = decoder.apply(
-      {"params": params}, token_B[:, None], position_B1, cache=cache
+  prompts: Sequence[Sequence[int]],
+  rows: Sequence[Sampling],
+  options: Options,
+  before: int,
+) -> None:
+  model, tokens, chunk = decoder.spec, options.tokens, options.chunk
+  check(model, prompts, tokens=tokens, chunk=chunk, before=before)
+  if len(rows) != len(prompts):
+    raise InputError(
+      f"sampling: {len(rows)} for {len(prompts)} prompts; give one for all, or as many."
     )
-    next_B = jnp.where(done_B, end, choose(x_B1D, step + 1))
-    return (cache, next_B, done_B | (next_B == end)), next_B
+  if not 0 <= options.top <= model.vocab:
+    raise InputError(f"top: {options.top} of {model.vocab} ids.")
 
-  first_B = choose(last_B1D, jnp.zeros((), jnp.int32))
-  carry = (cache, first_B, first_B == end)
-  _, rest_TB = jax.lax.scan(one, carry, jnp.arange(tokens - 1))
-  new_BT = jnp.concatenate((first_B[:, None], rest_TB.T), axis=1)
-  return decoder.layout.constrain(new_BT, None, None)
+
+def pad_stops(stops: Collection[int]) -> Int[np.ndarray, "S"]:
+  """Returns stops as an array of one of few sizes; -1 is no id."""
+  stops_S = np.full(bucket(max(len(set(stops)), 1)), -1, np.int32)
+  stops_S[: len(set(stops))] = sorted(set(stops))
+  return stops_S
+
+
+Given = tuple[PyTree, Controls, Int[Array | np.ndarray, "S"]]
+"""Parameters, what the rows ask, and the ids that end one."""
+Read = tuple[Array, Seen, Array, Array]
+"""The residual stream [B, 1, D] and what is seen after the prompts, the position of the
+first new token, and which rows are not wanted."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def begin(
+  decoder: Decoder, top: int, width: int, given: Given, cache: PyTree, read: Read
+) -> State:
+  """Returns the state after the first of up to `width` new tokens of each row."""
+  x_B1D, seen, position_B, done_B = read
+  B = len(position_B)
+
+  def column(dtype: Any, *more: int) -> Array:
+    return jnp.zeros((B, width, *more), dtype)
+
+  ranked = Ranked(column(jnp.int32, top), column(jnp.float32, top)) if top else None
+  out = Out(column(jnp.int32), column(jnp.float32), column(jnp.float32), ranked)
+  token_B, made = jnp.zeros(B, jnp.int32), jnp.zeros((), jnp.int32)
+  state = State(cache, seen, token_B, position_B - 1, done_B, made, out)
+  return _choose(decoder, top, given, state, x_B1D)
+
+
+def _choose(
+  decoder: Decoder, top: int, given: Given, state: State, x_B1D: Array
+) -> State:
+  """Returns the state with the token after `x_B1D`, and its column written."""
+  params, controls, stops_S = given
+  logits_BV = logits(decoder.spec, params, x_B1D)[:, 0]
+  position_B = state.position_B + 1
+  found = choice.choose(controls, state.seen, logits_BV, position_B, top=top)
+  active_B = ~state.done_B
+  seen = choice.see(state.seen, found.token_B, active_B)
+  done_B = state.done_B | (found.token_B[:, None] == stops_S[None]).any(axis=1)
+  new = Out(found.token_B, found.model_B, found.sampling_B, found.top_model)
+  out = jax.tree.map(lambda a, b: a.at[:, state.made].set(b), state.out, new)
+  made = state.made + 1
+  state = State(state.cache, seen, found.token_B, position_B, done_B, made, out)
+  # Whole on every device: the host reads these, of several processes each.
+  whole = lambda a: decoder.layout.constrain(a, *[None] * a.ndim)  # noqa: E731
+  return state._replace(done_B=whole(done_B), out=jax.tree.map(whole, out))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def advance(
+  decoder: Decoder, top: int, given: Given, state: State, upto: Int[Array, ""]
+) -> State:
+  """Returns the state after `upto` new tokens, or when every row is done."""
+
+  def one(state: State) -> State:
+    # A row that is done leaves no trace in its cache.
+    position_B = jnp.where(state.done_B, -1, state.position_B)
+    x_B1D, cache = decoder.apply(
+      {"params": given[0]}, state.token_B[:, None], position_B[:, None],
+      cache=state.cache,
+    )  # fmt: skip
+    state = state._replace(cache=placed(decoder, cache))
+    return _choose(decoder, top, given, state, x_B1D)
+
+  def wanted(state: State) -> Array:
+    return (state.made < upto) & ~jnp.all(state.done_B)
+
+  return jax.lax.while_loop(wanted, one, state)

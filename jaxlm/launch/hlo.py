@@ -50,6 +50,8 @@ class Collective(NamedTuple):
   """Bytes that a device sends in the ring algorithm, groups considered."""
   overlapped: int
   """How many are started and awaited apart, so that products can run between."""
+  exposed: float
+  """Of `sent`, the bytes of the others."""
 
 
 class Costs(NamedTuple):
@@ -184,6 +186,7 @@ def costs(text: str, devices: int) -> Costs:
   flops = cycles = 0.0
   kernels, timed = 0, False
   found: dict[str, Collective] = {}
+  callers = _callers(computations)
   for name, times in executions(computations, entry).items():
     local = {line.name: line.shape for line in computations[name]}
     for line in computations[name]:
@@ -195,26 +198,47 @@ def costs(text: str, devices: int) -> Costs:
       if estimate and line.op == "fusion":
         cycles, timed = cycles + times * int(estimate[1]), True
       one = _collective(line, local, devices)
-      if one is not None:
-        asynchronous = line.op.endswith("-start") or _called_apart(name, computations)
-        before = found.get(one.kind, Collective(one.kind, 0, 0, 0, 0))
+      if one is not None and not _continues(name, callers):
+        asynchronous = line.op.endswith("-start") or _starts(callers.get(name))
+        before = found.get(one.kind, Collective(one.kind, 0, 0, 0, 0, 0))
         found[one.kind] = Collective(
           one.kind,
           before.times + int(times),
           before.bytes + times * one.bytes,
           before.sent + times * one.sent,
           before.overlapped + (int(times) if asynchronous else 0),
+          before.exposed + (0 if asynchronous else times * one.sent),
         )
   return Costs(flops, kernels, cycles if timed else None, found)
 
 
-def _called_apart(name: str, computations: dict[str, list[Instruction]]) -> bool:
-  """Says whether a computation is what a started call runs."""
-  return any(
-    line.op in ("call-start", "async-start") and name in called(line)
+def _callers(computations: dict[str, list[Instruction]]) -> dict[str, Instruction]:
+  """Returns for each computation an instruction that calls it."""
+  return {
+    name: line
     for lines in computations.values()
     for line in lines
-  )
+    for name in called(line)
+  }
+
+
+def _starts(caller: Instruction | None) -> bool:
+  """Says whether an instruction starts a collective that is awaited later."""
+  if caller is None:
+    return False
+  started = caller.op in ("call-start", "async-start")
+  return started or caller.name.startswith("async-collective-start")
+
+
+def _continues(name: str, callers: dict[str, Instruction]) -> bool:
+  """Says whether a computation carries on a collective that another one started.
+
+  Fused with products, a collective stands in the text once where it starts, once in
+  each product that it runs beside, and once where it is awaited.
+  """
+  caller = callers.get(name)
+  awaited = caller is not None and caller.name.startswith("async-collective-done")
+  return awaited or name.startswith("async_collective_fusion")
 
 
 def _matmul_flops(line: Instruction, shapes: dict[str, str]) -> float:
@@ -282,7 +306,7 @@ def _collective(line: Instruction, shapes: dict[str, str], devices: int):
   sent = size * share * (2 if kind == "all-reduce" else 1)
   if kind == "collective-permute":
     sent = given
-  return Collective(kind, 1, size, sent, 0)
+  return Collective(kind, 1, size, sent, 0, sent)
 
 
 def _group(rest: str, devices: int) -> int:

@@ -1,8 +1,8 @@
 """How much of a chip's memory a training step needs, told without compiling it.
 
 Parameters, optimizer state and gradients are exact: their shapes and shardings are
-known. Activations and temporaries are a model of what is alive at the fullest moment,
-of which there are two: the loss, and the backward pass of a block.
+known. Activations and temporaries are a model of what is alive at the fullest moment:
+in the loss, in the backward pass of a block, or in that of the embedding.
 """
 
 import math
@@ -12,13 +12,15 @@ from jaxlm.models import count, spec
 from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.ops.attention import QUERIES
+from jaxlm.ops.collectives import PIECE
 from jaxlm.ops.kernels.choice import choose
 from jaxlm.shapes import PyTree
-from jaxlm.training.state import Plan
+from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import named_leaves
 
 LANES = 128
-"""Times that the TPU kernel writes each log-partition of attention."""
+"""Width of a TPU's vector unit: its attention kernel writes each log-partition so often
+and pads the dim of a head to it."""
 
 
 class Memory(NamedTuple):
@@ -48,11 +50,12 @@ class Work(NamedTuple):
 
 
 def held_bytes(shapes: PyTree, shardings: PyTree) -> float:
-  """Returns how many bytes of a tree one device holds."""
+  """Returns how many bytes of a tree one device holds, those on its host apart."""
   placed = named_leaves(shardings)
   return sum(
     math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for name, leaf in named_leaves(shapes).items()
+    if placed[name].memory_kind != HOST
   )
 
 
@@ -62,12 +65,11 @@ def predict(decoder: Decoder, plan: Plan, work: Work) -> Memory:
   parameters = held_bytes(shapes.params, shardings.params)
   state = held_bytes(shapes, shardings)
   width = count.BYTES[decoder.precision.params]
-  return Memory(
-    parameters,
-    state - parameters,
-    parameters * 4 / width,
-    max(_loss(decoder, work), _backward(decoder, work)) + kept(decoder, work),
-  )
+  gradients = parameters * 4 / width
+  # The loss comes before there is a gradient of a layer, the embedding after them all.
+  fullest = max(_loss(decoder, work) - gradients, _backward(decoder, work))
+  temporaries = max(kept(decoder, work) + fullest, _embedding(decoder))
+  return Memory(parameters, state - parameters, gradients, temporaries)
 
 
 def _split(decoder: Decoder, axis: str) -> int:
@@ -78,30 +80,31 @@ def kept(decoder: Decoder, work: Work) -> float:
   """Returns the bytes kept of every block from the forward to the backward pass."""
   dtype = count.BYTES[decoder.precision.compute]
   tokens = work.rows * work.length
-  total = 0.0
-  for block in decoder.spec.blocks:
-    features = decoder.spec.dim / _split(decoder, "residual")
-    features *= _split(decoder, "sequence") / _split(decoder, "stream")
-    total += features + _kept_inside(decoder, block)
+  keep = spec.kept(decoder.remat)
+  stream = decoder.spec.dim / _split(decoder, "residual")
+  stream *= _split(decoder, "sequence") / _split(decoder, "stream")
+  if keep is not None and keep.input == "offload":
+    stream = 0.0
+  total = sum(stream + _kept_inside(decoder, block) for block in decoder.spec.blocks)
   return total * tokens * dtype
 
 
 def _kept_inside(decoder: Decoder, block: spec.Block) -> float:
-  """Returns what a block keeps of a token beside its input, by the remat preset."""
-  if decoder.remat == "full":
-    return 0.0
-  mixer, dim = block.mixer, decoder.spec.dim
-  # Queries, keys, values, the output, the stream between mixer and MLP.
-  features = _mixer_features(decoder, block) + dim
-  if decoder.remat == "dots_without_batch":
-    features -= mixer.heads * mixer.head_dim / _split(decoder, "heads")
-  if decoder.remat == "none":  # each product's input as well
-    features += 2 * dim
+  """Returns what a device keeps of a token beside a block's input."""
+  keep, mixer, dim = spec.kept(decoder.remat), block.mixer, decoder.spec.dim
+  head = _padded_head(decoder, mixer)
+  keys = mixer.kv_heads * head / _split(decoder, "kv_heads")
+  queries = mixer.heads * head / _split(decoder, "heads")
+  sizes = {"query": queries, "key": keys, "value": keys, "attention": queries}
+  sizes["out"] = dim
+  hidden = 0.0
   if block.mlp is not None:
-    wide = 2 if isinstance(block.mlp, spec.GLU) else 1
-    wide += 1 if decoder.remat == "none" else 0
-    features += wide * block.mlp.hidden / _split(decoder, "mlp")
-  return features
+    hidden = block.mlp.hidden / _split(decoder, "mlp")
+    names = ("gate", "up") if isinstance(block.mlp, spec.GLU) else ("up",)
+    sizes |= dict.fromkeys(names, hidden)
+  if keep is None:  # the input of each product as well
+    return sum(sizes.values()) + 2 * dim + hidden
+  return sum(size for name, size in sizes.items() if name in keep.named("save"))
 
 
 def _mixer_features(decoder: Decoder, block: spec.Block) -> float:
@@ -109,7 +112,14 @@ def _mixer_features(decoder: Decoder, block: spec.Block) -> float:
   mixer = block.mixer
   queries = 2 * mixer.heads / _split(decoder, "heads")
   keys = 2 * mixer.kv_heads / _split(decoder, "kv_heads")
-  return (queries + keys) * mixer.head_dim
+  return (queries + keys) * _padded_head(decoder, mixer)
+
+
+def _padded_head(decoder: Decoder, mixer: spec.GQA) -> int:
+  """Returns the dim of a head as it lies in memory; a TPU's kernel wants lanes full."""
+  if decoder.layout.mesh.devices.flat[0].platform != "tpu":
+    return mixer.head_dim
+  return mixer.head_dim + -mixer.head_dim % LANES
 
 
 def _backward(decoder: Decoder, work: Work) -> float:
@@ -149,12 +159,17 @@ def _scores(decoder: Decoder, block: spec.Block, work: Work) -> float:
       return 3 * 4.0 * work.rows * heads * length * length
 
 
+def _embedding(decoder: Decoder) -> float:
+  """Returns the bytes of the table's gradient, before and after its sum."""
+  return 2 * 4 * decoder.spec.vocab / _split(decoder, "vocab") * decoder.spec.dim
+
+
 def _loss(decoder: Decoder, work: Work) -> float:
   """Returns the bytes alive while the loss walks over its chunks."""
   dtype = count.BYTES[decoder.precision.compute]
   vocab, dim = decoder.spec.vocab / _split(decoder, "vocab"), decoder.spec.dim
   tokens = work.rows * min(work.chunk, work.length)
   logits = 2 * 4 * tokens * vocab
-  # The head gathered, its gradient, and that once more while it is being scattered.
-  head = dim * vocab * (dtype + 2 * 4)
+  # The head gathered, its gradient, and a piece of that while it is being scattered.
+  head = dim * vocab * (dtype + 4) + 4 * dim * min(vocab, PIECE)
   return logits + head + 3 * work.rows * work.length * dim * dtype

@@ -10,6 +10,7 @@ Several are separated by blanks and ranked. Compiling for a TPU needs libtpu, th
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ import jax
 from jaxlm.errors import InputError
 from jaxlm.launch.chips import Chip, chip_named
 from jaxlm.sharding.mesh import AXES, Mesh
+from jaxlm.training.state import HOST
 
 
 class Target(NamedTuple):
@@ -101,16 +103,33 @@ def devices(target: Target) -> list[Any]:
   jax.config.update("jax_platforms", "cpu")
   name = f"{target.chip.name}:{'x'.join(map(str, target.dims))}"
   name = name.replace("v7x:", "tpu7x:")
-  more: dict[str, Any] = {}
-  if target.chip.torus == 3:
-    # Links close to rings along dimensions of whole cubes; libtpu does not assume it.
-    # Without rings it makes other collectives, gathers as sums among them.
-    more["wrap"] = tuple(n % 4 == 0 for n in target.dims)
+  # Links close to rings along dimensions of whole cubes, and of v5e and v6e along 16;
+  # libtpu assumes none, and without rings it makes other collectives, gathers as sums
+  # among them.
+  rings = [n % 4 == 0 if target.chip.torus == 3 else n == 16 for n in target.dims]
+  more: dict[str, Any] = {"wrap": (*rings, False)[:3]}
+  if target.chip.name == "v4":
+    more["chip_config_name"] = "megacore"  # a chip as one device, not its two cores
+  if math.prod(target.dims) == 1:
+    more["chips_per_host_bounds"] = (1, 1, 1)
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
   except Exception as error:
     raise InputError(f"--plan={target.text}: libtpu refuses {name}: {error}") from None
   return list(topology.devices)
+
+
+class _Kind(str):
+  """A kind of memory in name alone; JAX asks for the name in either way."""
+
+  @property
+  def kind(self) -> str:
+    return str(self)
+
+
+class _Client:
+  def process_index(self) -> int:
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +139,32 @@ class _StandIn:
   id: int
   platform: str
   device_kind: str
-  process_index: int = 0
-  client: None = None
+  process_index: int
+  coords: tuple[int, ...]
+  """Where it stands in the torus; three numbers, as JAX tells them."""
+  core_on_chip: int
+  client: _Client = dataclasses.field(default_factory=_Client)
+
+  def default_memory(self) -> _Kind:
+    return _Kind("device")
+
+  def addressable_memories(self) -> list[_Kind]:
+    return [_Kind("device"), _Kind(HOST)]
 
 
 def stand_ins(target: Target) -> list[Any]:
   """Returns devices in name alone, where nothing can be compiled."""
-  kind = target.chip.kinds[0]
+  chip = target.chip
+  cores = device_count(target) // math.prod(target.dims)
+  places = itertools.product(*(range(n) for n in target.dims), range(cores))
   return [
-    _StandIn(i, target.chip.platform, kind, i // target.chip.chips_a_host)
-    for i in range(device_count(target))
+    _StandIn(
+      i,
+      chip.platform,
+      chip.kinds[0],
+      i // chip.chips_a_host,
+      (*place[:-1], 0, 0)[:3],
+      place[-1],
+    )
+    for i, place in enumerate(places)
   ]

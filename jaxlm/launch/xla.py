@@ -4,6 +4,13 @@ Names and effects were checked by compiling ahead of time with libtpu 0.0.42.1 (
 experiments/plan/RESULT.md); nothing here was timed on a chip.
 """
 
+import contextlib
+import re
+from collections.abc import Iterator
+
+import jax
+
+from jaxlm.errors import InputError
 from jaxlm.launch.chips import Chip
 
 Options = tuple[tuple[str, str], ...]
@@ -39,11 +46,46 @@ BY_CHIP: dict[str, Options] = {
 def options(chip: Chip | None, overrides: Options) -> dict[str, str | bool]:
   """Returns the chip's options with the overrides; an empty value takes one out.
 
-  "true" and "false" become booleans: of strings, some options take no other case.
+  "true" and "false" become booleans, which every compiler takes; as a string XLA's own
+  options want "True", and libtpu's any case. Numbers stay as they are written.
   """
   given = dict(BY_CHIP.get(chip.name, ()) if chip else ()) | dict(overrides)
   truths: dict[str, str | bool] = {"true": True, "false": False}
-  return {name: truths.get(value, value) for name, value in given.items() if value}
+  taken = {name: value for name, value in given.items() if value}
+  return {name: truths.get(value.lower(), value) for name, value in taken.items()}
+
+
+_REFUSED = (
+  r"No such compile option: '(?P<name>[^']+)'",
+  r"While setting option (?P<name>\w+), '(?P<value>.*?)' is not a valid (?P<type>\w+)",
+  r"Failed to parse '(?P<value>.*?)' into flag (?P<name>\w+)",
+)
+"""What XLA and libtpu say of an option that they do not take."""
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+  """Names the option that a compiler refuses.
+
+  Raises:
+    InputError: the compiler knows no such option, or not this value of it.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    found = next(filter(None, (re.search(said, str(error)) for said in _REFUSED)), None)
+    if found is None:
+      raise
+    told = found.groupdict()
+    name = told["name"]
+    wrong = "is no option of this compiler"
+    if "value" in told:
+      wrong = f"takes no value {told['value']!r}"
+      wrong += f"; it is of type {told['type']}" if "type" in told else ""
+    raise InputError(
+      f"compiler: {name} {wrong}. Mend its entry, or give it an empty value, which "
+      "takes one of the chip's own out."
+    ) from None
 
 
 def describe(options: dict[str, str | bool]) -> str:

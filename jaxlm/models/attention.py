@@ -1,30 +1,22 @@
 """Grouped-query attention over a sequence, or over a cache of earlier keys."""
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import InputError
 from jaxlm.models import spec as specs
+from jaxlm.models.cached import KVCache, Seen, extend
 from jaxlm.models.norms import Norm
 from jaxlm.models.parameters import bias, matrix
 from jaxlm.models.positions import rope_frequencies
-from jaxlm.ops.attention import Scoring, attend
+from jaxlm.ops.attention import Scoring, attend_heads
 from jaxlm.ops.kernels.choice import Kernel, Work, attend_sequences
 from jaxlm.ops.masks import attention_mask
 from jaxlm.ops.rope import alibi_slopes, rotate
 from jaxlm.ops.weights import einsum
 from jaxlm.shapes import Array, Float, Int
 from jaxlm.sharding.rules import Layout
-
-
-class KVCache(NamedTuple):
-  """Keys and values of one layer; slot s of a row holds its position s."""
-
-  k_BSGK: Float[Array, "B S G K"]
-  v_BSGK: Float[Array, "B S G K"]
 
 
 class Attention(nn.Module):
@@ -76,8 +68,9 @@ class Attention(nn.Module):
     else:
       if segments_BT is not None:
         raise InputError("segments: a cache holds one document a row; give none.")
-      cache = _write(cache, k_BTGK, v_BTGK, positions_BT)
-      out_BTHK = self._read(cache, q_BTHK, positions_BT)
+      window = self.spec.window
+      cache, seen = extend(cache, k_BTGK, v_BTGK, positions_BT, window)
+      out_BTHK = self._read(q_BTHK, positions_BT, seen)
     out_BTHK = self.layout.constrain(out_BTHK, "batch", "sequence", "heads", "head_dim")
     return self._output(out_BTHK, D), cache
 
@@ -111,13 +104,11 @@ class Attention(nn.Module):
       y += bias(self, "o_bias", (dim,), dtype).astype(y.dtype)[None, None]
     return checkpoint_name(y, "out")
 
-  def _read(self, cache: KVCache, q_BTHK: Array, positions_BT: Array) -> Array:
-    k_BSGK, v_BSGK = (a.astype(q_BTHK.dtype) for a in cache)
-    B, S = k_BSGK.shape[:2]
-    slots_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-    mask_BTS = attention_mask(positions_BT, slots_BS, window=self.spec.window)
-    distance_BTS = positions_BT[:, :, None] - slots_BS[:, None]
-    return attend(scoring_of(self.spec), q_BTHK, k_BSGK, v_BSGK, mask_BTS, distance_BTS)
+  def _read(self, q_BTHK: Array, positions_BT: Array, seen: Seen) -> Array:
+    mask_BTS = attention_mask(positions_BT, seen.positions_BS, window=self.spec.window)
+    distance_BTS = positions_BT[:, :, None] - seen.positions_BS[:, None]
+    scoring, keys = scoring_of(self.spec), (seen.k_BGKS, seen.v_BGSK)
+    return attend_heads(scoring, q_BTHK, *keys, mask_BTS, distance_BTS)
 
 
 def scoring_of(spec: specs.GQA) -> Scoring:
@@ -132,11 +123,3 @@ def scoring_of(spec: specs.GQA) -> Scoring:
 def work_of(spec: specs.GQA, length: int, dtype: str) -> Work:
   """Returns what attention over sequences of a length has to do."""
   return Work(scoring_of(spec), spec.heads, spec.kv_heads, spec.head_dim, length, dtype)
-
-
-def _write(cache: KVCache, k: Array, v: Array, positions_BT: Array) -> KVCache:
-  rows = jnp.arange(k.shape[0])[:, None]
-  return KVCache(
-    cache.k_BSGK.at[rows, positions_BT].set(k.astype(cache.k_BSGK.dtype)),
-    cache.v_BSGK.at[rows, positions_BT].set(v.astype(cache.v_BSGK.dtype)),
-  )

@@ -21,7 +21,7 @@ from jaxlm.models.parameters import matrix, table
 from jaxlm.ops.attention import soft_cap
 from jaxlm.ops.kernels.choice import Kernel
 from jaxlm.ops.rope import sinusoids
-from jaxlm.ops.weights import einsum, lookup
+from jaxlm.ops.weights import Placed, einsum, lookup
 from jaxlm.shapes import Array, Float, Int, PyTree
 from jaxlm.sharding.rules import Layout
 
@@ -148,21 +148,14 @@ class Embed(nn.Module):
     dim, dtypes = self.spec.dim, self.precision
     axes = ("vocab", "embed")
     rows = table(self, "table", (self.spec.vocab, dim), axes, dtypes.params)
-    # Gathered whole in the model dim: else a lookup would come out split over it, and
-    # be brought whole onto every device before its rows are split.
-    rows = self.layout.constrain(rows, "vocab", None)
-    x_BTD = lookup(rows, tokens_BT, dtypes.compute) * self.spec.embed_scale
+    placed = Placed(self.layout, axes)
+    x_BTD = lookup(placed, rows, tokens_BT, dtypes.compute) * self.spec.embed_scale
     match self.spec.positions:
       case specs.Learned(length=length):
-        if tokens_BT.shape[1] > length:
-          raise InputError(
-            f"model.positions.length: {length} positions are learned and the input has "
-            f"{tokens_BT.shape[1]}. Shorten data.seq_len or lengthen the table."
-          )
         axes = ("positions", "embed")
         learned = table(self, "positions", (length, dim), axes, dtypes.params)
-        learned = self.layout.constrain(learned, "positions", None)
-        x_BTD += lookup(learned, positions_BT, dtypes.compute)
+        placed = Placed(self.layout, axes)
+        x_BTD += lookup(placed, learned, positions_BT, dtypes.compute)
       case specs.Sinusoidal(base=base):
         x_BTD += sinusoids(positions_BT, dim, base).astype(x_BTD.dtype)
     if self.spec.embed_norm is not None:
@@ -189,9 +182,18 @@ class Decoder(nn.Module):
   ) -> tuple[Float[Array, "B T D"], PyTree | None]:
     """Returns the normed residual stream and the cache with these tokens.
 
-    Positions count within a segment (0, 1, ... when not given). With a cache, a token's
-    keys go to the slot of its position, and it sees the slots up to there.
+    Positions count within a segment (0, 1, ... when not given). With a cache, rows go
+    on where it ends; a token of a negative position is padding that leaves no trace.
+
+    Raises:
+      InputError: without a cache, more tokens than the model has learned positions.
     """
+    learned, T = self.spec.positions, tokens_BT.shape[1]
+    if isinstance(learned, specs.Learned) and cache is None and learned.length < T:
+      raise InputError(
+        f"model.positions.length: {learned.length} positions are learned and the input "
+        f"has {T}. Shorten data.seq_len or lengthen the table."
+      )
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape

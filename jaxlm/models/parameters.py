@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 
+from jaxlm.ops.weights import Blocked, Weight
 from jaxlm.shapes import Array
 from jaxlm.sharding.rules import Layout
 
@@ -27,6 +28,11 @@ class Owner(Protocol):
     """Linen's own `param`."""
     ...
 
+  @property
+  def variables(self) -> Any:
+    """Linen's own `variables`."""
+    ...
+
 
 def matrix(
   module: Owner,
@@ -37,15 +43,19 @@ def matrix(
   dtype: str,
   inputs: int = 1,
   scale: float = 1.0,
-) -> Array:
+) -> Weight:
   """Declares a projection; its first `inputs` dimensions are summed over.
 
+  A leaf that is no array but a type that `ops/weights.py` knows is given as it is.
   Starts as a normal of deviation scale / sqrt(fan-in), cut at two deviations.
   """
   deviation = scale / math.sqrt(math.prod(shape[:inputs]))
   init: Any = nn.with_logical_partitioning(
     nn.initializers.truncated_normal(deviation), axes
   )
+  given = module.variables.get("params", {}).get(name)
+  if isinstance(given, Blocked):
+    return given
   return module.layout.constrain(module.param(name, init, shape, dtype), *axes)
 
 

@@ -56,14 +56,34 @@ def attend(
   Scores, bias and softmax are float32 whatever the dtype of the inputs. Each query must
   see at least one key. `distance_BTS` is query position minus key position.
   """
+  k_BGKS, v_BGSK = jnp.transpose(k_BSGK, (0, 2, 3, 1)), jnp.swapaxes(v_BSGK, 1, 2)
+  return attend_heads(scoring, q_BTHK, k_BGKS, v_BGSK, mask_BTS, distance_BTS)
+
+
+def attend_heads(
+  scoring: Scoring,
+  q_BTHK: Float[Array, "B T H K"],
+  k_BGKS: Float[Array, "B G K S"],
+  v_BGSK: Float[Array, "B G S K"],
+  mask_BTS: Bool[Array, "B T S"],
+  distance_BTS: Int[Array, "B T S"],
+) -> Float[Array, "B T H K"]:
+  """Does as `attend`, keys and values ordered as caches have them.
+
+  Both products are plain ones of matrices, batched over rows and heads: what a CPU does
+  three times as fast as the same sums over other orders.
+  """
   B, T, H, K = q_BTHK.shape
-  G = k_BSGK.shape[2]
-  q_BGRTK = jnp.transpose(q_BTHK.reshape(B, T, G, H // G, K), (0, 2, 3, 1, 4))
-  scores_BGRTS, _ = _scores(
-    scoring, q_BGRTK, jnp.swapaxes(k_BSGK, 1, 2), mask_BTS, distance_BTS
+  (_, G, _, S), R = k_BGKS.shape, H // k_BGKS.shape[1]
+  q_BGRTK = jnp.transpose(q_BTHK.reshape(B, T, G, R, K), (0, 2, 3, 1, 4))
+  products_BGNS = jnp.matmul(
+    q_BGRTK.reshape(B, G, R * T, K), k_BGKS, preferred_element_type=jnp.float32
   )
-  weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
-  out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, v_BSGK)
+  products_BGRTS = products_BGNS.reshape(B, G, R, T, S)
+  scores_BGRTS, _ = _scores(scoring, products_BGRTS, mask_BTS, distance_BTS)
+  weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BGSK.dtype)
+  out_BGNK = jnp.matmul(weights_BGRTS.reshape(B, G, R * T, S), v_BGSK)
+  out_BTGRK = jnp.transpose(out_BGNK.reshape(B, G, R, T, K), (0, 3, 1, 2, 4))
   return out_BTGRK.reshape(B, T, H, K)
 
 
@@ -97,17 +117,15 @@ def block_of(length: int) -> int:
   return QUERIES * max(1, -(-length // (16 * QUERIES)))
 
 
-def _scores(scoring: Scoring, q_BGRTK, k_BGSK, mask_BTS, distance_BTS):
+def _scores(scoring: Scoring, products_BGRTS, mask_BTS, distance_BTS):
   """Returns masked scores, and the softcap's derivative where it has one."""
-  scores_BGRTS = scoring.scale * jnp.einsum(
-    "BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK, preferred_element_type=jnp.float32
-  )
+  scores_BGRTS = scoring.scale * products_BGRTS
   slope = None
   if scoring.softcap is not None:
     scores_BGRTS = soft_cap(scores_BGRTS, scoring.softcap)
     slope = 1.0 - jnp.square(scores_BGRTS / scoring.softcap)
   if scoring.slopes is not None:
-    _, G, R, _, _ = q_BGRTK.shape
+    _, G, R, _, _ = products_BGRTS.shape
     slopes = np.asarray(scoring.slopes, np.float32).reshape(1, G, R, 1, 1)
     scores_BGRTS -= slopes * distance_BTS[:, None, None].astype(jnp.float32)
   return jnp.where(mask_BTS[:, None, None], scores_BGRTS, LEAST), slope
@@ -137,7 +155,13 @@ def _block(scoring: Scoring, block: "_Queries", keys: "_Keys"):
     key_segments_BS=keys.segments_BS,
   )
   distance_BTS = block.positions_BT[:, :, None] - keys.positions_BS[:, None]
-  scores, slope = _scores(scoring, block.q_BGRTK, keys.k_BGSK, mask_BTS, distance_BTS)
+  products = jnp.einsum(
+    "BGRTK,BGSK->BGRTS",
+    block.q_BGRTK,
+    keys.k_BGSK,
+    preferred_element_type=jnp.float32,
+  )
+  scores, slope = _scores(scoring, products, mask_BTS, distance_BTS)
   return unfused(scores), slope
 
 

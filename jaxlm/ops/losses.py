@@ -112,7 +112,11 @@ def _walk(
     dx = jax.lax.psum(walked.dx, rules.vocab) if rules.vocab else walked.dx
     dhead = walked.dhead
     if split:
-      dhead = scatter_sum(dhead, split, platform)
+      # Done before the layers' backward pass begins: left to itself, the compiler keeps
+      # the whole gradient through it, and sums it behind (2 GB at 128k ids).
+      dx, dhead = jax.lax.optimization_barrier(
+        (dx, scatter_sum(dhead, split, 0, platform))
+      )
     dhead = jax.lax.psum(dhead, rest) if rest else dhead
     return Walked(terms, dx.astype(x_BTD.dtype), dhead.astype(head_DV.dtype))
 

@@ -5,6 +5,8 @@ assembled.py  what a run and its plan share
 plan.py     what a run will need, compiled ahead for chips that are not here
 initial.py  what such a run takes from a pretrained model
 convert.py  a checkpoint from one format to another
+generate.py  prompts of a file to a file of texts
+loaded.py   a pretrained model, ready to write text
 chat.py     a chat in the terminal
 workdir.py  which run a folder belongs to
 summary.py  what a run says at its start

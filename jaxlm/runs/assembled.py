@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.data.corpus import Data
+from jaxlm.launch import xla
 from jaxlm.models.decoder import Decoder
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import next_token
 from jaxlm.training.state import Plan, TrainState, axes_of, create
-from jaxlm.training.step import Step, make_step
+from jaxlm.training.step import Step, compile_step, make_step
 
 if TYPE_CHECKING:
   from jaxlm.runs.train import Train
@@ -52,6 +53,17 @@ def assemble(
   )
   batch = batch_shapes(run.data)
   return Assembled(decoder, optimizer, plan, first_state, step, batch)
+
+
+def compiled(parts: Assembled, options: dict[str, str | bool]) -> Any:
+  """Returns the step compiled with options for the compiler.
+
+  Raises:
+    InputError: the compiler refuses an option.
+  """
+  layout = parts.decoder.layout
+  with xla.explained():
+    return compile_step(parts.step, parts.plan, layout, parts.batch, options)
 
 
 def batch_shapes(data: Data) -> dict[str, Any]:

@@ -5,8 +5,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-
-import jax
+from typing import Literal
 
 from jaxlm import files
 from jaxlm.data.chat import Message, encode_chat
@@ -14,14 +13,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.decoding.session import Session
 from jaxlm.errors import InputError
-from jaxlm.interop.checkpoint import open_model
-from jaxlm.interop.progress import bar
-from jaxlm.interop.registry import changes
-from jaxlm.models import count
-from jaxlm.models.decoder import Decoder
-from jaxlm.models.spec import Precision, for_length
-from jaxlm.sharding.mesh import Mesh, make_mesh
-from jaxlm.sharding.rules import Layout, ShardingRules
+from jaxlm.runs.loaded import Pretrained
 
 HELP = "An empty line or Ctrl-D ends the chat, /reset begins a new one."
 
@@ -44,7 +36,7 @@ class Chat:
   """Most new tokens of a reply."""
   length: int = 2048
   """Tokens that the chat may have, replies included."""
-  compute: str | None = None
+  compute: Literal["float32", "bfloat16"] | None = None
   """Dtype of the computation; None: float32 on a CPU, bfloat16 elsewhere."""
   seed: int = 0
   """Of the draws."""
@@ -66,39 +58,19 @@ class Chat:
       chat = self._reply(chat, line)
 
   def _open(self) -> "_Chat":
-    opened = open_model(self.model)
-    tokenizer = opened.tokenizer()
-    template = tokenizer.chat_template
+    loaded = Pretrained(path=self.model, compute=self.compute, tensor=self.tensor).load(
+      self.length, "one"
+    )
+    template = loaded.tokenizer.chat_template
     if self.template is not None:
       template = files.read_text(files.find(self.template, "template")[0])
     if template is None:
       raise InputError(
-        f"model: {opened.place} has no chat template. Give one with "
+        f"model: {self.model} has no chat template. Give one with "
         "--config.template=FILE, or a model that was tuned to chat."
       )
-    devices = jax.devices()[: self.tensor]
-    mesh = make_mesh(Mesh(fsdp=1, tensor=self.tensor), devices)
-    layout = Layout(mesh, ShardingRules(batch=()))
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-    compute = self.compute or ("float32" if on_cpu else "bfloat16")
-    if compute not in ("float32", "bfloat16"):
-      raise InputError(f"compute: {compute!r}; it takes float32 or bfloat16.")
-    length = min(self.length, opened.model.context or self.length)
-    model = for_length(opened.model, length)
-    for line in changes(opened.model, model):
-      print(f"for so many tokens: {line}")
-    opened = dataclasses.replace(opened, model=model)
-    decoder = Decoder(model, Precision(params=opened.dtype, compute=compute), layout)
-    with bar("load", opened.model) as tell:
-      params = opened.params(decoder, tell)
-    parameters = count.parameters(opened.model).total
-    print(
-      f"{opened.place}: {parameters:,} parameters, {opened.dtype}; computation "
-      f"{compute} on {layout.mesh.size} x "
-      f"{layout.mesh.devices.flat[0].device_kind}; up to {length} tokens"
-    )
-    session = Session(decoder, params, length=length)
-    return _Chat(session, tokenizer, template, self._first())
+    session = Session(loaded.decoder, loaded.params, length=loaded.length)
+    return _Chat(session, loaded.tokenizer, template, self._first())
 
   def _first(self) -> tuple[Message, ...]:
     if self.system is None:

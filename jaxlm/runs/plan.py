@@ -5,6 +5,7 @@ none of it; where nothing can be compiled, what is known without a compiler is t
 """
 
 import dataclasses
+import itertools
 import time
 from typing import Any, NamedTuple
 
@@ -13,15 +14,15 @@ from jaxlm.launch import hlo, memory, xla
 from jaxlm.launch import plan as launch
 from jaxlm.launch.chips import Chip
 from jaxlm.models import count
+from jaxlm.models.spec import Remat
 from jaxlm.runs import summary
-from jaxlm.runs.assembled import Assembled, assemble
+from jaxlm.runs.assembled import Assembled, assemble, compiled
 from jaxlm.runs.train import Train
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.placement import check_batch
 from jaxlm.sharding.rules import Layout
-from jaxlm.training.step import compile_step
 
-LIGHTER = ("full", "dots_without_batch", "dots", "none")
+LIGHTER: tuple[Remat, ...] = ("full", "dots_without_batch", "dots", "none")
 """Remat presets, from the least memory to the fewest operations."""
 
 
@@ -95,10 +96,10 @@ def report(run: Train, target: launch.Target) -> Report:
   if why_not is None:
     began = time.perf_counter()
     with run.products():
-      compiled = compile_step(parts.step, parts.plan, layout, parts.batch, options)
+      program = compiled(parts, options)
     seconds = time.perf_counter() - began
-    costs = hlo.costs(compiled.as_text() or "", layout.mesh.size)
-    analysis: Any = compiled.memory_analysis()
+    costs = hlo.costs(program.as_text() or "", layout.mesh.size)
+    analysis: Any = program.memory_analysis()
     peak = float(analysis.peak_memory_in_bytes)
     lines = [f"compiled in {seconds:.0f} s for {target.text}"]
   predicted = memory.predict(parts.decoder, parts.plan, _work(run, layout))
@@ -143,7 +144,8 @@ def _seconds(
   layout = parts.decoder.layout
   tokens = run.data.batch * run.data.seq_len / layout.mesh.size
   scores = flops.causal - 6.0 * count.matrix_parameters(run.model) * tokens
-  again = 4 / 3 if run.remat == "full" else 1.0
+  # A table of the config's own is taken to recompute as much as "full".
+  again = 1.0 if run.remat in LIGHTER[1:] else 4 / 3
   products = costs.matmul_flops if costs else again * (flops.causal - scores)
   # The kernels' own recomputation of scores in the backward pass is in `again` too.
   compute = (products + again * scores) / chip.flops
@@ -159,8 +161,7 @@ def _seconds(
     inside = chip.torus or layout.mesh.size <= chip.chips_a_host
     return Seconds(compute, hbm, sent / (chip.ici if inside else chip.dcn), 0.0)
   kinds = costs.collectives.values()
-  exposed = sum(k.sent * (1 - k.overlapped / k.times) for k in kinds if k.times)
-  sent = sum(k.sent for k in kinds)
+  sent, exposed = sum(k.sent for k in kinds), sum(k.exposed for k in kinds)
   return Seconds(compute, hbm, sent / chip.ici, exposed / chip.ici)
 
 
@@ -168,12 +169,12 @@ def _memory(found: Report) -> list[str]:
   told = found.predicted
   lines = ["memory of a chip, GB:"]
   rows = told._asdict()
-  compiled = dict(rows)
+  measured = dict(rows)
   if found.peak is not None:
     exact = told.parameters + told.optimizer + told.gradients
-    compiled["temporaries"] = found.peak - exact
+    measured["temporaries"] = found.peak - exact
   for name, value in rows.items():
-    own = f"{compiled[name] / 1e9:9.3f}" if found.peak is not None else "        -"
+    own = f"{measured[name] / 1e9:9.3f}" if found.peak is not None else "        -"
     lines.append(f"  {name:12} predicted {value / 1e9:9.3f}   compiled {own}")
   own = "        -" if found.peak is None else f"{found.peak / 1e9:9.3f}"
   lines.append(f"  {'peak':12} predicted {told.total / 1e9:9.3f}   compiled {own}")
@@ -224,16 +225,16 @@ def _advice(run: Train, parts: Assembled, found: Report) -> list[str]:
   hbm, layout = found.target.chip.hbm, parts.decoder.layout
   off = found.needs / found.predicted.total
 
-  def needs(remat: str, accumulate: int) -> float:
+  def needs(remat: Remat, accumulate: int) -> float:
     changed = dataclasses.replace(run, remat=remat, accumulate=accumulate)
     decoder = parts.decoder.clone(remat=remat)
     return off * memory.predict(decoder, parts.plan, _work(changed, layout)).total
 
-  at = LIGHTER.index(run.remat)
+  at = LIGHTER.index(run.remat) if run.remat in LIGHTER else 1
   rows = run.data.batch // layout.size("batch")
   if not found.fits:
-    choices = [(remat, run.accumulate) for remat in reversed(LIGHTER[:at])]
-    choices += [("full", n) for n in range(2, rows + 1) if rows % n == 0]
+    choices: list[tuple[Remat, int]] = [(r, run.accumulate) for r in LIGHTER[:at][::-1]]
+    choices.extend((LIGHTER[0], n) for n in range(2, rows + 1) if rows % n == 0)
     for remat, accumulate in choices:
       if needs(remat, accumulate) <= hbm:
         return [
@@ -244,9 +245,8 @@ def _advice(run: Train, parts: Assembled, found: Report) -> list[str]:
       "neither remat nor accumulate makes it fit: more chips or more tensor would"
     ]
   parted = [n for n in range(run.accumulate, rows + 1) if rows % n == 0]
-  for remat, accumulate in [
-    (r, n) for r in reversed(LIGHTER[at + 1 :]) for n in parted
-  ]:
+  faster: tuple[Remat, ...] = LIGHTER[:at:-1]
+  for remat, accumulate in itertools.product(faster, parted):
     if needs(remat, accumulate) <= 0.9 * hbm:
       return [
         f"nearest change that runs faster: remat={remat}, accumulate={accumulate}; it "

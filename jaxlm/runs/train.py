@@ -16,6 +16,7 @@ from jaxlm.data.loader import Loader, held_out_batches
 from jaxlm.data.tokenizers import Tokenizer, notes
 from jaxlm.data.tokenizers import save as save_tokenizer
 from jaxlm.decoding.generate import generate
+from jaxlm.decoding.prefill import check as check_prompts
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
 from jaxlm.evaluation.bits_per_byte import make_evaluate
@@ -27,7 +28,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
 from jaxlm.ops.kernels.choice import Kernel
 from jaxlm.runs import initial, summary
-from jaxlm.runs.assembled import assemble
+from jaxlm.runs.assembled import assemble, compiled
 from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
 from jaxlm.sharding import processes
@@ -38,7 +39,6 @@ from jaxlm.training import loop, metrics, optimizers
 from jaxlm.training.checkpoints import Checkpoints, Restored, Store
 from jaxlm.training.objective import Batch, NextToken
 from jaxlm.training.state import Moments, TrainState
-from jaxlm.training.step import compile_step
 
 FREE = (
   "steps", "mesh", "sharding", "moments", "remat", "attention",
@@ -61,6 +61,10 @@ class Samples:
   def __post_init__(self):
     if self.tokens < 1:
       raise InputError(f"samples.tokens: {self.tokens} is under 1.")
+
+  def ids(self, tokenizer: Tokenizer) -> list[list[int]]:
+    """Returns the prompts' ids."""
+    return [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in self.prompts]
 
 
 class Result(NamedTuple):
@@ -193,6 +197,9 @@ class Train:
         f"model.vocab: {self.model.vocab} ids are fewer than the tokenizer's "
         f"{corpus.tokenizer.vocab}. Use at least that."
       )
+    if self.samples.prompts:
+      prompts = self.samples.ids(corpus.tokenizer)
+      check_prompts(self.model, prompts, tokens=self.samples.tokens)
     print(summary.describe_model(self.model, self.data.seq_len, self.data.batch))
 
     parts = assemble(
@@ -229,8 +236,8 @@ class Train:
         if any(change.startswith("steps:") for change in changes):
           print(f"  the learning rate's schedule now ends at step {self.steps}")
       began = time.perf_counter()
-      compiled = compile_step(parts.step, plan, layout, parts.batch, options)
-      print(summary.describe_step(compiled, time.perf_counter() - began))
+      program = compiled(parts, options)
+      print(summary.describe_step(program, time.perf_counter() - began))
       processes.meet("compiled")
       state = restored.state if restored else parts.first_state()
       first = restored.data["next_batch"] if restored else 0
@@ -242,7 +249,7 @@ class Train:
       ):
         batches = map(place.put, loader)
         looped = loop.Parts(
-          compiled, batches, evaluate, store, writer, corpus.fingerprint,
+          program, batches, evaluate, store, writer, corpus.fingerprint,
           processes.Vote(layout.mesh),
         )  # fmt: skip
         if opened is not None and start == 0:
@@ -310,18 +317,18 @@ class Train:
     if not self.samples.prompts:
       return
     tokenizer = result.tokenizer
-    prompts = [[tokenizer.bos, *tokenizer.encode(p)] for p in self.samples.prompts]
+    prompts = self.samples.ids(tokenizer)
     new = generate(
       result.decoder,
       result.params,
       prompts,
       self.samples.sampling,
       tokens=self.samples.tokens,
-      end=tokenizer.eos,
+      stops=(tokenizer.eos,),
       seed=self.seed,
     )
     # model.vocab may be rounded up: an id past the tokenizer's stands for no text.
-    known = [[i for i in ids if i < tokenizer.vocab] for ids in new]
+    known = [[i for i in row.tokens if i < tokenizer.vocab] for row in new]
     texts = [
       tokenizer.decode([*prompt, *ids])
       for prompt, ids in zip(prompts, known, strict=True)

@@ -89,7 +89,12 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.
     # Devices come process by process: the axes in front are the slow ones already.
     grid = np.asarray(devices).reshape(tuple(sizes.values()))
   elif mesh.slices == 1:
-    grid = mesh_utils.create_device_mesh(inner, devices)
+    try:
+      grid = mesh_utils.create_device_mesh(inner, devices)
+    except NotImplementedError:  # an axis that is a part of a torus's dimension
+      grid = mesh_utils.create_device_mesh(
+        inner, devices, allow_split_physical_axes=True
+      )
   else:
     grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
   return jax.sharding.Mesh(grid, tuple(sizes))

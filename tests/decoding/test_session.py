@@ -3,9 +3,9 @@ import itertools
 
 import numpy as np
 import pytest
-from models.specs import SPECS, VOCAB, decoder, params_of
+from models.specs import SPECS, decoder, params_of
 
-from jaxlm.decoding import session as sessions
+from jaxlm.decoding import prefill as prefills
 from jaxlm.decoding.generate import generate
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.decoding.session import CHUNK, Session
@@ -29,8 +29,8 @@ def session(length=LENGTH):
 
 def greedy(prompt, tokens):
   """Always makes 19, so that one program serves each length of prompt."""
-  (found,) = generate(*made(), [prompt], GREEDY, tokens=19, end=VOCAB)
-  return found[:tokens]
+  (found,) = generate(*made(), [prompt], GREEDY, tokens=19)
+  return found.tokens[:tokens]
 
 
 def take(stream, count):
@@ -56,16 +56,30 @@ def test_a_second_turn_is_as_in_a_fresh_session(read, drop):
 
 def test_only_new_tokens_are_computed(monkeypatch):
   widths = []
-  real = sessions._extend
-  monkeypatch.setattr(
-    sessions, "_extend", lambda *a: widths.append((a[4].shape[1], a[5])) or real(*a)
-  )
+  real = prefills._extend
+
+  def extend(decoder, params, cache, new, x_B1D):
+    _, positions_BT, _ = new
+    widths.append((positions_BT.shape[1], positions_BT[positions_BT >= 0].tolist()))
+    return real(decoder, params, cache, new, x_B1D)
+
+  monkeypatch.setattr(prefills, "_extend", extend)
   kept = session()
   first = take(kept.stream(PROMPT * 4, GREEDY, stops=(), seed=0), 5)
   take(kept.stream([*PROMPT * 4, *first, 6], GREEDY, stops=(), seed=0), 1)
-  assert widths[0] == (32, (0, 20))
+  assert widths[0] == (32, list(range(20)))
   # Of the five tokens read the cache has all but the last, which nothing followed.
-  assert widths[1] == (16, (24, 2))
+  assert widths[1] == (16, [24, 25])
+
+
+def test_a_ring_that_cannot_be_taken_back_so_far_is_filled_anew():
+  kept = session()
+  first = take(kept.stream(PROMPT, GREEDY, stops=(), seed=0), 19)
+  for back in (CHUNK, CHUNK + 1, 2 * CHUNK, 18):
+    ids = [*PROMPT, *first[: 19 - back], 7]
+    again = take(kept.stream(ids, GREEDY, stops=(), seed=0), 3)
+    assert again == greedy(ids, 3)
+    take(kept.stream([*PROMPT, *first], GREEDY, stops=(), seed=0), 1)
 
 
 def test_it_ends_at_a_stop_and_leaves_it_out():

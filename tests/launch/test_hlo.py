@@ -157,3 +157,34 @@ def test_padding_of_a_convolution_is_no_product():
 }
 """  # noqa: E501
   assert hlo.costs(text, 1).matmul_flops == 2 * 4 * 8 * 32 * 16
+
+
+def test_a_collective_fused_with_products_counts_once():
+  """It stands where it starts, in a product that it runs beside, and where it ends."""
+  text = """%start (p: f32[4,16]) -> f32[8,16] {
+  %p = f32[4,16]{1,0} parameter(0)
+  ROOT %g = f32[8,16]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+}
+
+%async_collective_fusion.7 (q: f32[4,16]) -> f32[8,16] {
+  %q = f32[4,16]{1,0} parameter(0)
+  ROOT %h = f32[8,16]{1,0} all-gather(%q), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+}
+
+%done (r: f32[4,16]) -> f32[8,16] {
+  %r = f32[4,16]{1,0} parameter(0)
+  ROOT %i = f32[8,16]{1,0} all-gather(%r), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %m (a: f32[4,16]) -> f32[8,16] {
+  %a = f32[4,16]{1,0} parameter(0)
+  %async-collective-start.1 = f32[8,16]{1,0} fusion(%a), kind=kCustom, calls=%start
+  %fusion.7 = f32[8,16]{1,0} fusion(%a), kind=kOutput, calls=%async_collective_fusion.7
+  %b = f32[8,16]{1,0} all-gather(%a), channel_id=2, replica_groups={{0,1}}, dimensions={0}
+  ROOT %async-collective-done.1 = f32[8,16]{1,0} fusion(%a), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+  found = hlo.costs(text, 2).collectives["all-gather"]
+  assert (found.times, found.overlapped) == (2, 1)
+  assert (found.sent, found.exposed) == (2 * 4 * 16 * 4, 4 * 16 * 4)
+  assert found.bytes == 2 * 8 * 16 * 4

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.errors import InputError
 from jaxlm.launch import plan
-from jaxlm.sharding.mesh import Mesh
+from jaxlm.sharding.mesh import Mesh, make_mesh
 
 HERE = importlib.util.find_spec("libtpu") is not None
 
@@ -53,10 +53,23 @@ def test_stand_ins_have_the_number_and_the_platform():
   assert [d.process_index for d in devices] == [0] * 8 + [1] * 8
 
 
+@pytest.mark.parametrize(
+  "text", ["v4:4x4x4", "v5e:4x8", "v5p:4x4x4", "v6e:16x16", "v7x:2x2x1"]
+)
+def test_a_torus_of_stand_ins_makes_a_mesh(text):
+  (target,) = plan.targets(text)
+  mesh = make_mesh(Mesh(fsdp=-1, tensor=4), plan.stand_ins(target))
+  assert mesh.size == plan.device_count(target)
+  assert len({device.id for device in mesh.devices.flat}) == mesh.size
+
+
 @pytest.mark.skipif(not HERE, reason="libtpu, the extra plan, is not installed")
 def test_libtpu_knows_the_topologies():
-  for text, count in (("v5p:4x4x4", 64), ("v6e:4x4", 16)):
+  for text in ("v4:2x2x1", "v5e:1x1", "v5p:4x4x4", "v6e:16x16", "v7x:2x2x1"):
     (target,) = plan.targets(text)
-    devices = plan.devices(target)
-    assert len(devices) == count
+    devices, told = plan.devices(target), plan.stand_ins(target)
+    assert len(devices) == len(told) == plan.device_count(target)
     assert devices[0].device_kind in target.chip.kinds
+    mesh = make_mesh(Mesh(), devices)
+    by_name = make_mesh(Mesh(), told)
+    assert mesh.shape == by_name.shape

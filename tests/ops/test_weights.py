@@ -1,7 +1,15 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxlm.ops.weights import einsum, lookup
+from jaxlm.ops.weights import Blocked, Placed, einsum, lookup
+from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.rules import Layout, ShardingRules
+
+VOCAB, DIM, SHAPE = 32, 16, (8, 12)
+AXES = ("vocab", "embed")
+ONE = Layout(make_mesh(Mesh(), jax.devices()[:1]))
 
 
 def test_a_product_is_in_the_activation_s_dtype():
@@ -11,6 +19,86 @@ def test_a_product_is_in_the_activation_s_dtype():
 
 def test_a_lookup_takes_rows_and_casts_them():
   table = jnp.arange(6.0).reshape(3, 2)
-  found = lookup(table, jnp.array([[2, 0]]), jnp.bfloat16)
+  found = lookup(Placed(ONE, AXES), table, jnp.array([[2, 0]]), "bfloat16")
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(found, np.float32), [[[4, 5], [0, 1]]])
+
+
+LAYOUTS = {
+  "one device": ONE,
+  "fsdp": Layout(make_mesh(Mesh(fsdp=8))),
+  "data, fsdp, tensor": Layout(make_mesh(Mesh(data=2, fsdp=2, tensor=2))),
+  "context, tensor": Layout(make_mesh(Mesh(fsdp=1, context=2, tensor=4))),
+  "rows over the axis of the batch": Layout(
+    make_mesh(Mesh(fsdp=8)), ShardingRules(positions=("fsdp",), embed=())
+  ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_device_s_sums_make_the_whole_gradient(name):
+  layout = LAYOUTS[name]
+  axes = ("positions", "embed") if name.startswith("rows") else AXES
+  keys = jax.random.split(jax.random.key(0), 3)
+  table_VD = jax.random.normal(keys[0], (VOCAB, DIM))
+  ids_BT = jax.random.randint(keys[1], SHAPE, 0, VOCAB).at[0, :4].set(VOCAB - 1)
+  weight_BTD = jax.random.normal(keys[2], (*SHAPE, DIM))
+
+  def total(table_VD, ids_BT):
+    x_BTD = lookup(Placed(layout, axes), table_VD, ids_BT, "float32")
+    return jnp.sum(x_BTD * weight_BTD)
+
+  placed = jax.device_put(table_VD, layout.sharding(*axes))
+  found = jax.jit(jax.grad(total))(placed, ids_BT)
+  expected = np.zeros((VOCAB, DIM), np.float32)
+  np.add.at(expected, np.asarray(ids_BT), np.asarray(weight_BTD))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  assert found.dtype == table_VD.dtype
+
+
+def test_a_narrow_table_s_gradient_is_summed_in_float32():
+  table_VD = jnp.zeros((2, 1), jnp.bfloat16)
+  ids_BT = jnp.ones((1, 1024), jnp.int32)
+
+  def total(table_VD):
+    return jnp.sum(lookup(Placed(ONE, AXES), table_VD, ids_BT, "bfloat16"))
+
+  # A sum in bfloat16 stays at 256, where 1 is less than half a step.
+  assert jax.grad(total)(table_VD).tolist() == [[0.0], [1024.0]]
+
+
+def test_rows_that_the_mesh_does_not_divide_are_looked_up():
+  """One token of a few rows, as decoding has them."""
+  layout = LAYOUTS["fsdp"]
+  table_VD = jnp.arange(float(VOCAB * DIM)).reshape(VOCAB, DIM)
+  placed = jax.device_put(table_VD, layout.sharding(*AXES))
+  ids_BT = jnp.array([[3], [0], [31]])
+  found = jax.jit(lambda t: lookup(Placed(layout, AXES), t, ids_BT, "float32"))(placed)
+  np.testing.assert_array_equal(found, table_VD[ids_BT])
+
+
+@pytest.mark.parametrize(
+  ("equation", "x", "weight", "inputs"),
+  [
+    ("BTD,DHK->BTHK", (1, 1, 24), (24, 8, 16), 1),
+    ("BTHK,HKD->BTD", (1, 1, 4, 8), (4, 8, 64), 2),
+    ("BTD,DHK->BTHK", (2, 3, 24), (24, 8, 16), 1),
+    ("BTD,DV->BTV", (1, 2, 24), (24, 96), 1),
+  ],
+)
+def test_a_matrix_in_blocks_is_the_same_matrix(equation, x, weight, inputs):
+  rng = np.random.default_rng(0)
+  x, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x, weight))
+  blocked = Blocked.of(weight, inputs)
+  assert isinstance(blocked, Blocked)
+  for dtype in (None, jnp.float32):
+    found = jax.jit(lambda a, b, d=dtype: einsum(equation, a, b, result=d))(x, blocked)
+    np.testing.assert_allclose(found, jnp.einsum(equation, x, weight), atol=1e-5)
+  broken = Blocked(weight, blocked.blocks_NIL + 1)
+  changed = jnp.abs(einsum(equation, x, broken) - found).max() > 1
+  assert changed == (x.shape[:2] == (1, 1))
+
+
+def test_what_is_not_put_in_blocks():
+  assert not isinstance(Blocked.of(jnp.ones((4, 33)), 1), Blocked)
+  assert not isinstance(Blocked.of(jnp.ones((4, 32), jnp.bfloat16), 1), Blocked)

@@ -7,8 +7,12 @@ import pytest
 
 from jaxlm import config
 from jaxlm.errors import InputError
+from jaxlm.models.spec import Keep
 from jaxlm.runs import plan
-from jaxlm.sharding.mesh import Mesh
+from jaxlm.runs.assembled import assemble, compiled
+from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.rules import Layout
+from jaxlm.training.state import Moments
 
 HERE = importlib.util.find_spec("libtpu") is not None
 LLAMA = "configs/llama3.py:size=8b,batch=64"
@@ -27,6 +31,51 @@ def test_a_plan_that_nothing_compiled_says_so(capsys):
   assert report.predicted.optimizer == pytest.approx(2 * 8.03e9 * 4 / 16, rel=0.01)
   # Six operations a parameter and token, and attention: 1,686.6 TFLOP at 4 rows a chip.
   assert report.flops.causal == pytest.approx(1686.6e12, rel=1e-4)
+
+
+COMPILED = {
+  ("configs/llama3.py:size=8b,batch=256", "v5p:4x4x4"): 16.329e9,
+  ("configs/llama3.py:size=8b,batch=1024", "v6e:16x16"): 14.685e9,
+  ("configs/llama3.py:size=70b,batch=1024", "v5p:4x8x8"): 60.441e9,
+  ("configs/quickstart.py", "v5e:2x2"): 0.082e9,
+}
+"""Bytes that a chip needs at its fullest by libtpu 0.0.42.1: experiments/plan/*.txt."""
+
+
+@pytest.mark.parametrize(("spec", "target"), COMPILED)
+def test_the_prediction_is_within_a_tenth_of_the_compiler_s(
+  spec, target, monkeypatch, capsys
+):
+  monkeypatch.setattr(plan.launch.importlib.util, "find_spec", lambda name: None)
+  (report,) = plan.plan(config.load(spec), target)
+  assert "libtpu is not installed" in capsys.readouterr().out
+  assert report.predicted.total == pytest.approx(COMPILED[spec, target], rel=0.1)
+
+
+def test_a_table_of_remat_has_a_plan(capsys):
+  keep = Keep(input="offload", attention="save")
+  cfg = dataclasses.replace(config.load(LLAMA), remat=keep)
+  (table,) = plan.plan(cfg, "h100:16")
+  assert "nearest change" in capsys.readouterr().out
+  full = plan.report(config.load(LLAMA), table.target).predicted.temporaries
+  # On the host 32 inputs of 4 rows x 8,192 x 4,096, kept as many attention outputs.
+  assert table.predicted.temporaries == pytest.approx(full)
+  saved = dataclasses.replace(cfg, remat=Keep(attention="save"))
+  more = plan.report(saved, table.target).predicted.temporaries - full
+  assert more == pytest.approx(32 * 4 * 8192 * 4096 * 2)
+
+
+def test_moments_on_the_host_take_no_memory_of_a_chip():
+  cfg = dataclasses.replace(config.load(LLAMA), moments=Moments(memory="host"))
+  (target,) = plan.launch.targets("h100:16")
+  assert plan.report(cfg, target).predicted.optimizer < 1e3
+
+
+def test_an_option_that_the_compiler_does_not_know_is_named():
+  cfg = config.load("configs/quickstart.py:dim=64,layers=1,seq_len=16,vocab=64")
+  parts = assemble(cfg, Layout(make_mesh(cfg.mesh)))
+  with pytest.raises(InputError, match="compiler: xla_wonder is no option"):
+    compiled(parts, {"xla_wonder": "1"})
 
 
 def test_what_does_not_fit_is_told_with_the_nearest_that_does(capsys):
@@ -63,8 +112,8 @@ def test_what_has_no_training_step_is_refused():
 @pytest.mark.skipif(not HERE, reason="libtpu, the extra plan, is not installed")
 def test_a_step_compiled_for_a_tpu_that_is_not_here():
   cfg = config.load("configs/llama3.py:size=1b,batch=4,seq_len=1024")
-  cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, repeats=2))
-  (report,) = plan.plan(cfg, "v5p:2x2x1")
+  model = dataclasses.replace(cfg.model, repeats=4, vocab=8192)
+  (report,) = plan.plan(dataclasses.replace(cfg, model=model), "v5p:2x2x1")
   assert report.peak is not None
   assert report.costs is not None
   assert report.costs.kernels > 0

@@ -18,6 +18,7 @@ from models.specs import alone
 from jaxlm import config
 from jaxlm.decoding.generate import generate
 from jaxlm.decoding.sampling import Sampling
+from jaxlm.decoding.unrolled import unroll
 from jaxlm.interop.checkpoint import open_model
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.models.families.llama import llama
@@ -81,8 +82,11 @@ def test_the_first_token_s_logits(prompt):
 def test_greedy_continuations_are_the_same_to_the_token():
   decoder, params, _ = loaded()
   prompts = [prompt["input_ids"] for prompt in GOLDEN["prompts"]]
-  found = generate(decoder, params, prompts, GREEDY, tokens=48, end=-1)
-  assert found == [prompt["hf_fp32_greedy_ids"] for prompt in GOLDEN["prompts"]]
+  found = generate(decoder, params, prompts, GREEDY, tokens=48)
+  wanted = [prompt["hf_fp32_greedy_ids"] for prompt in GOLDEN["prompts"]]
+  assert [row.tokens for row in found] == wanted
+  one = unroll(decoder, params, "one")
+  assert generate(*one, prompts[:1], GREEDY, tokens=48)[0].tokens == wanted[0]
 
 
 def test_perplexity():
