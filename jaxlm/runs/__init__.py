@@ -6,6 +6,7 @@ plan.py     what a run will need, compiled ahead for chips that are not here
 initial.py  what such a run takes from a pretrained model
 convert.py  a checkpoint from one format to another
 generate.py  prompts of a file to a file of texts
+decode.py   one step of decoding, planned or timed
 loaded.py   a pretrained model, ready to write text
 chat.py     a chat in the terminal
 workdir.py  which run a folder belongs to

@@ -17,6 +17,7 @@ from jaxlm.models import count
 from jaxlm.models.spec import Remat
 from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
+from jaxlm.runs.decode import Decode
 from jaxlm.runs.train import Train
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.placement import check_batch
@@ -69,11 +70,16 @@ class Report(NamedTuple):
 def plan(run: Any, text: str) -> list[Report]:
   """Prints a report for each target of --plan, and their ranking where several.
 
+  Of a step of decoding it only prints, see `runs/decode.py`.
+
   Raises:
-    InputError: the config is no training run, or a target cannot hold its layout.
+    InputError: the config has no step to plan, or a target cannot hold its layout.
   """
+  if isinstance(run, Decode):
+    run.plan(text)
+    return []
   if not isinstance(run, Train):
-    raise InputError(f"--plan: {type(run).__name__} has no training step to plan.")
+    raise InputError(f"--plan: {type(run).__name__} has no step to plan.")
   reports = []
   for target in launch.targets(text):
     reports.append(report(run, target))

@@ -105,7 +105,7 @@ def test_a_layout_that_the_target_does_not_hold_is_refused():
 
 
 def test_what_has_no_training_step_is_refused():
-  with pytest.raises(InputError, match="no training step"):
+  with pytest.raises(InputError, match="no step to plan"):
     plan.plan(config.load("configs/chat.py:model=x"), "h100:8")
 
 

@@ -1,0 +1,19 @@
+"""How fast Llama 3 decodes: planned for chips that are not here, or timed on these.
+
+    uv run --extra plan jaxlm --config=configs/decode.py:size=8b --plan=v5e:2x4
+    uv run jaxlm --config=configs/decode.py:size=1b --config.rows=8
+
+Weights are random; for a model's own texts see configs/generate.py. No --workdir.
+"""
+
+from typing import Literal
+
+from jaxlm.models.families.llama import Size, llama
+from jaxlm.runs.decode import Decode
+
+NAMES: dict[str, Size] = {"1b": "3.2-1b", "3b": "3.2-3b", "8b": "3-8b", "70b": "3-70b"}
+
+
+def get_config(*, size: Literal["1b", "3b", "8b", "70b"] = "8b") -> Decode:
+  """Returns the run."""
+  return Decode(model=llama(NAMES[size]))
