@@ -2,7 +2,7 @@
 
 Training scans over stacked layers, so that compile time does not grow with depth. A
 decoding step reads each weight once, and slicing it out of a stack is a copy: on a CPU
-half of the time. The unrolled model is another spec of the same Decoder, whose blocks
+half of the time. And a scan holds the stack of the layers' caches twice. The unrolled model is another spec of the same Decoder, whose blocks
 all stand in the prefix but for the last pattern.
 """
 
@@ -16,6 +16,7 @@ from jaxlm.models import spec
 from jaxlm.models.decoder import Decoder, head_weight
 from jaxlm.ops.weights import Blocked
 from jaxlm.shapes import PyTree
+from jaxlm.training.state import axes_of
 from jaxlm.trees import map_named
 
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
@@ -49,7 +50,6 @@ def unroll(
     matrix = rows == "one" and name.rsplit("/")[-1] in MATRICES
     return Blocked.of(leaf, MATRICES[name.rsplit("/")[-1]]) if matrix else leaf
 
-  @jax.jit
   def convert(params: PyTree) -> PyTree:
     new = {name: tree for name, tree in params.items() if name != "layers"}
     n, count = len(model.pattern), model.repeats * len(model.pattern)
@@ -62,4 +62,10 @@ def unroll(
     return new | {"layers": jax.tree.map(lambda a: a[None], last)}
 
   other = decoder.clone(spec=unrolled_spec(model), remat="none")
-  return other, convert(params)
+  over = None
+  if decoder.layout.mesh.size > 1:
+    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    over = jax.tree.map(
+      lambda axes: decoder.layout.sharding(*axes), axes_of(other), is_leaf=is_axes
+    )
+  return other, jax.jit(convert, out_shardings=over)(params)

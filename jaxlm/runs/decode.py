@@ -1,7 +1,8 @@
 """How fast an architecture decodes: planned for chips that are not here, or timed.
 
-One step makes a token of each row with a cache that is full. Parameters are random: the
-time does not depend on their values.
+One step makes a token of each row with a cache that is full, its layers unrolled: a
+scan would hold the stack of their caches twice. Parameters are random: the time does
+not depend on their values.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.decoding import cache as caches
 from jaxlm.decoding.prefill import placed
+from jaxlm.decoding.unrolled import unrolled_spec
 from jaxlm.errors import InputError
 from jaxlm.launch import hlo, xla
 from jaxlm.launch import plan as launch
@@ -111,10 +113,11 @@ class Decode:
     )
 
   def _step(self, layout: Layout) -> Step:
-    decoder = Decoder(self.model, self.precision, layout)
+    model = unrolled_spec(self.model)
+    decoder = Decoder(model, self.precision, layout)
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: unbox(init(decoder, key)))
-    made = lambda: caches.empty(self.model, self.rows, self.length, self.cache)  # noqa: E731
+    made = lambda: caches.empty(model, self.rows, self.length, self.cache)  # noqa: E731
     cache = jax.eval_shape(made)
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     over = jax.tree.map(
@@ -138,7 +141,7 @@ class Decode:
       x_B1D, cache = decoder.apply(
         {"params": params}, token_B[:, None], position_B1, cache=cache
       )
-      best_B = jnp.argmax(logits(self.model, params, x_B1D)[:, 0], axis=-1)
+      best_B = jnp.argmax(logits(model, params, x_B1D)[:, 0], axis=-1)
       return placed(decoder, cache), best_B.astype(jnp.int32)
 
     jitted = jax.jit(
@@ -156,11 +159,12 @@ class Decode:
       return step.run.lower(*step.shapes).compile(compiler_options=options or None)
 
   def _first(self, layout: Layout, step: Step) -> tuple[PyTree, PyTree, Array]:
-    decoder = Decoder(self.model, self.precision, layout)
+    model = unrolled_spec(self.model)
+    decoder = Decoder(model, self.precision, layout)
 
     def make():
       params = unbox(init(decoder, jax.random.key(0)))
-      cache = caches.empty(self.model, self.rows, self.length, self.cache)
+      cache = caches.empty(model, self.rows, self.length, self.cache)
       return params, cache, jnp.zeros(self.rows, jnp.int32)
 
     return jax.jit(make, out_shardings=step.shardings)()

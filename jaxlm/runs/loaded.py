@@ -68,8 +68,9 @@ class Pretrained:
       f"{compute} on {mesh.size} x {mesh.devices.flat[0].device_kind}; up to {length} "
       "tokens"
     )
-    if on_cpu and self.tensor == 1:
-      decoder, params = unroll(decoder, params, rows)
-      copies = ", each matrix twice" if rows == "one" and compute == "float32" else ""
-      print(f"parameters in the layout for decoding on a CPU{copies}")
+    # Blocks of a matrix are for one device, and for a CPU's products with a vector.
+    blocks = on_cpu and self.tensor == 1 and rows == "one"
+    decoder, params = unroll(decoder, params, "one" if blocks else "many")
+    twice = ", each matrix twice" if blocks and compute == "float32" else ""
+    print(f"layers unrolled{twice}")
     return Loaded(decoder, params, tokenizer, length)
