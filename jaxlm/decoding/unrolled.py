@@ -2,8 +2,9 @@
 
 Training scans over stacked layers, so that compile time does not grow with depth. A
 decoding step reads each weight once, and slicing it out of a stack is a copy: on a CPU
-half of the time. And a scan holds the stack of the layers' caches twice. The unrolled model is another spec of the same Decoder, whose blocks
-all stand in the prefix but for the last pattern.
+half of the time. And a scan holds the stack of the layers' caches twice. The unrolled
+model is another spec of the same Decoder, whose blocks all stand in the prefix but for
+the last pattern.
 """
 
 import dataclasses
