@@ -4,8 +4,8 @@
     uv run jaxlm --config=configs/decode.py:size=1b --config.rows=8
 
 v5e:2x4, as compiled (32 rows of 4096 positions, all in bfloat16): peak 4.29 GB a chip;
-a step reads 2.01 GB of weights and 2.15 GB of keys and values, and sends the 65 sums of
-tensor parallelism; at best 5.24 ms, 6,107 tokens/s (a roofline, no measurement).
+a step reads 1.88 GB of weights and 2.15 GB of keys and values, and sends the 65 sums of
+tensor parallelism; at best 5.08 ms, 6,300 tokens/s (a roofline, no measurement).
 
 Weights are random; for a model's own texts see configs/generate.py. No --workdir.
 """

@@ -13,4 +13,8 @@ proposers.py    guesses of the next tokens: a draft model, the text itself
 speculative.py  such guesses, checked many at a time
 unrolled.py     the layout of parameters that decodes fastest on a CPU
 compiles.py     what was compiled
+
+    decoder, params = unroll(decoder, params)
+    rows = generate(decoder, params, prompts, Sampling(top_p=0.9), tokens=64)
+    rows[0].tokens, rows[0].ended, rows[0].model
 """

@@ -323,6 +323,9 @@ def best_of(
   if n > 1 and any(row.temperature == 0 for row in rows):
     raise InputError(f"n: at temperature 0 all {n} samples would be the same.")
 
+  if options.get("seed", 0) < 0:
+    raise InputError(f"seed: {options['seed']} is negative.")
+
   def seeded(place: int, row: Sampling, number: int) -> Sampling:
     root = (options.get("seed", 0), place) if row.seed is None else (row.seed,)
     high, low = np.random.SeedSequence((*root, number)).generate_state(2).tolist()

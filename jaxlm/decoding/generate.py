@@ -3,7 +3,7 @@
 Rows may differ in everything: the length of the prompt, the sampling, when they stop.
 None of it, nor the neighbours, nor the mesh changes what a row gets. Compiled are: a
 prefill for each power of two up to the chunk, and one loop; for each bucket of rows, of
-slots and of new tokens.
+slots and of new tokens, each set of sampling fields in use, and each `top`.
 """
 
 import dataclasses
@@ -43,6 +43,8 @@ class Out(NamedTuple):
   """The same under the distribution that they were drawn from."""
   top: Ranked | None
   """The likeliest tokens under the model, [B, N, top]."""
+  top_sampling: Ranked | None
+  """The same under the distribution that was drawn from."""
 
 
 class State(NamedTuple):
@@ -73,6 +75,8 @@ class Generated(NamedTuple):
   """The same under the distribution that it was drawn from; 0 for greedy."""
   top: list[dict[int, float]]
   """The likeliest ids at each place and their log-probabilities under the model."""
+  top_sampling: list[dict[int, float]]
+  """The same under the distribution that was drawn from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,7 @@ class Generation:
       kept = options.cache or decoder.precision.compute
       cache = make_cache(decoder, B, slots_for(longest), kept)
     else:
-      cache = prefix.repeated(decoder, B, longest)
+      cache = prefix.repeated(decoder, B, longest, options.cache)
     rows_read = (prompts, len(shared))
     self._cache, x_B1D = prefill(decoder, params, cache, rows_read, options.chunk)
     places_B = np.asarray([len(shared) + len(row) for row in prompts], np.int32)
@@ -183,7 +187,12 @@ class Generation:
     """Makes up to so many more tokens of every row that has not stopped.
 
     With a mask, [rows, V], only tokens that it has can come.
+
+    Raises:
+      InputError: under one token is asked for.
     """
+    if tokens < 1:
+      raise InputError(f"tokens of a step: {tokens} is under 1.")
     params, controls, stops_S = self._given
     if mask_BV is not None:
       extra = len(self._read[-1]) - len(mask_BV)
@@ -205,12 +214,14 @@ class Generation:
     self._ended.setdefault(row, tokens)
     done_B = np.asarray(self._state.done_B).copy()
     done_B[row] = True
-    self._state = self._state._replace(done_B=done_B)
+    # As it was placed before: else the loop would be compiled once more.
+    placed_B = jax.device_put(done_B, self._state.done_B.sharding)
+    self._state = self._state._replace(done_B=placed_B)
 
   def rows(self) -> list[Generated]:
     """Returns what every row has so far."""
     if self._state is None:
-      return [Generated([], "length", [], [], []) for _ in range(self._rows)]
+      return [Generated([], "length", [], [], [], []) for _ in range(self._rows)]
     made, out = self.made, jax.device_get(self._state.out)
     return [self._row(out, row, made) for row in range(self._rows)]
 
@@ -234,13 +245,17 @@ class Generation:
     if cut is not None and (stop is None or cut <= stop):
       stop, ended = cut, "caller"
     end = len(ids) if stop is None else stop
-    top: list[dict[int, float]] = []
-    if out.top is not None:
-      ranked = (out.top.token_BN[row, :end], out.top.logprob_BN[row, :end])
-      pairs = zip(*(a.tolist() for a in ranked), strict=True)
-      top = [dict(zip(*pair, strict=True)) for pair in pairs]
     model, sampling = (a[row, :end].tolist() for a in (out.model_BN, out.sampling_BN))
-    return Generated(ids[:end], ended, model, sampling, top)
+    tops = (_listed(ranked, row, end) for ranked in (out.top, out.top_sampling))
+    return Generated(ids[:end], ended, model, sampling, *tops)
+
+
+def _listed(ranked: Ranked | None, row: int, end: int) -> list[dict[int, float]]:
+  """Returns a row's likeliest ids of each place, where they were asked for."""
+  if ranked is None:
+    return []
+  pairs = zip(*(a[row, :end].tolist() for a in ranked), strict=True)
+  return [dict(zip(*pair, strict=True)) for pair in pairs]
 
 
 def _check(
@@ -286,7 +301,8 @@ def begin(
     return jnp.zeros((B, width, *more), dtype)
 
   ranked = Ranked(column(jnp.int32, top), column(jnp.float32, top)) if top else None
-  out = Out(column(jnp.int32), column(jnp.float32), column(jnp.float32), ranked)
+  values = (column(jnp.int32), column(jnp.float32), column(jnp.float32))
+  out = Out(*values, ranked, jax.tree.map(jnp.copy, ranked))
   token_B, made = jnp.zeros(B, jnp.int32), jnp.zeros((), jnp.int32)
   state = State(cache, seen, token_B, position_B - 1, done_B, made, out)
   return _choose(decoder, top, given, state, x_B1D)
@@ -303,7 +319,9 @@ def _choose(
   active_B = ~state.done_B
   seen = choice.see(state.seen, found.token_B, active_B)
   done_B = state.done_B | (found.token_B[:, None] == stops_S[None]).any(axis=1)
-  new = Out(found.token_B, found.model_B, found.sampling_B, found.top_model)
+  new = Out(
+    found.token_B, found.model_B, found.sampling_B, found.top_model, found.top_sampling
+  )
   out = jax.tree.map(lambda a, b: a.at[:, state.made].set(b), state.out, new)
   made = state.made + 1
   state = State(state.cache, seen, found.token_B, position_B, done_B, made, out)

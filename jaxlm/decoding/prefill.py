@@ -18,6 +18,8 @@ from jaxlm.models import spec
 from jaxlm.models.decoder import Decoder
 from jaxlm.shapes import Array, Int, PyTree
 
+DTYPES = ("float32", "bfloat16", "int8")
+"""Of keys and values in a cache."""
 LEAST = 16
 """Tokens of the smallest prefill."""
 
@@ -29,6 +31,8 @@ class Prefix(NamedTuple):
   length: int
   """Positions that a row may have, these among them."""
   cache: PyTree
+  dtype: str
+  """Of its keys and values."""
 
   @classmethod
   def read(
@@ -42,15 +46,23 @@ class Prefix(NamedTuple):
     cache: str | None = None,
   ) -> "Prefix":
     """Reads the ids into a cache for rows of up to `length` positions."""
+    if length <= len(ids):
+      raise InputError(
+        f"length: {length} positions leave no room after {len(ids)} ids of the prefix."
+      )
     check(decoder.spec, [ids], tokens=length - len(ids), chunk=chunk)
     rows = decoder.layout.size("batch")
     kept = cache or decoder.precision.compute
     held = make_cache(decoder, rows, slots_for(length), kept)
     held, _ = prefill(decoder, params, held, ([ids] * rows, 0), chunk)
-    return cls(tuple(ids), length, held)
+    return cls(tuple(ids), length, held, kept)
 
-  def repeated(self, decoder: Decoder, rows: int, longest: int) -> PyTree:
+  def repeated(
+    self, decoder: Decoder, rows: int, longest: int, dtype: str | None
+  ) -> PyTree:
     """Returns a cache of so many rows that begin so, up to `longest` positions."""
+    if dtype not in (None, self.dtype):
+      raise InputError(f"cache: {dtype}, and the prefix was read in {self.dtype}.")
     if longest > self.length:
       raise InputError(
         f"prefix: read for rows of {self.length} positions, and the longest needs "
@@ -108,11 +120,23 @@ def _extend(
   return placed(decoder, cache), last_B1D
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def make_cache(
   decoder: Decoder, rows: int, length: int, dtype: str, slack: int = 0
 ) -> PyTree:
-  """Returns an empty cache, split as the decoder's layout says."""
+  """Returns an empty cache, split as the decoder's layout says.
+
+  Raises:
+    InputError: another dtype than those of `DTYPES`.
+  """
+  if dtype not in DTYPES:
+    raise InputError(f"cache: {dtype!r}; it takes {', '.join(DTYPES)}.")
+  return _make_cache(decoder, rows, length, dtype, slack)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _make_cache(
+  decoder: Decoder, rows: int, length: int, dtype: str, slack: int
+) -> PyTree:
   return placed(decoder, caches.empty(decoder.spec, rows, length, dtype, slack=slack))
 
 

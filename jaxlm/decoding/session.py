@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.decoding import choice
 from jaxlm.decoding.generate import Given, State, advance, begin, pad_stops
-from jaxlm.decoding.prefill import bucket, make_cache, prefill
+from jaxlm.decoding.prefill import bucket, check, make_cache, prefill
 from jaxlm.decoding.sampling import Sampling, controls
 from jaxlm.errors import InputError
 from jaxlm.models import spec
@@ -31,9 +31,13 @@ class Session:
     """Makes an empty cache for `length` positions.
 
     Raises:
-      InputError: the model has fewer learned positions.
+      InputError: the model is made for fewer positions, or has learned fewer.
     """
-    positions = decoder.spec.positions
+    positions, context = decoder.spec.positions, decoder.spec.context
+    if context is not None and length > context:
+      raise InputError(
+        f"length: {length} positions, and the model is made for {context}."
+      )
     if isinstance(positions, spec.Learned) and length > positions.length:
       raise InputError(
         f"length: {length} positions, and the model has learned {positions.length}."
@@ -42,7 +46,8 @@ class Session:
     self._rows = decoder.layout.size("batch")
     windows = [b.mixer.window for b in decoder.spec.blocks if b.mixer.window]
     self._rings = bool(windows) and min(windows) + CHUNK < length
-    self._cache, self._held = self._empty(), []
+    self._cache: PyTree | None = None
+    self._held: list[int] = []
 
   def _empty(self) -> PyTree:
     """Returns a cache that can be taken back by what is made ahead of the reader."""
@@ -58,13 +63,14 @@ class Session:
     seed and the position alone.
 
     Raises:
-      InputError: `ids` are empty, or leave no room for a token.
+      InputError: `ids` are empty, not the model's, or leave no room for a token.
     """
     if not 0 < len(ids) < self.length:
       raise InputError(
         f"length: {len(ids)} tokens do not fit into {self.length} positions with at "
         "least one new one."
       )
+    check(self._decoder.spec, [ids], tokens=1)
     ids, vocab = list(ids), self._decoder.spec.vocab
     asked = controls([sampling] * self._rows, vocab, stops=stops, seed=seed)
     # All rows draw as the first: those behind it are there for the mesh alone.
@@ -81,7 +87,8 @@ class Session:
       if len(ids) + told == self.length:
         return
       upto = np.int32(min(told + CHUNK, self.length - len(ids)))
-      self._held = []
+      # Given away: who stops the reader meanwhile finds no cache, and begins anew.
+      self._cache, self._held = None, []
       state = advance(self._decoder, 0, given, state, upto)
 
   def _begin(self, ids: list[int], given: Given) -> State:
@@ -91,11 +98,11 @@ class Session:
       if ours != theirs:
         break
       common += 1
-    if self._rings and len(self._held) - common > CHUNK:
-      self._cache, common = self._empty(), 0
-    rows = ([ids[common:]] * self._rows, common)
-    self._held = []
-    cache, x_B1D = prefill(self._decoder, self._params, self._cache, rows, READ)
+    cache, self._cache = self._cache, None
+    if cache is None or (self._rings and len(self._held) - common > CHUNK):
+      cache, common = self._empty(), 0
+    rows, self._held = ([ids[common:]] * self._rows, common), []
+    cache, x_B1D = prefill(self._decoder, self._params, cache, rows, READ)
     seen = choice.start(given[1], [ids] * self._rows, self._decoder.spec.vocab)
     places_B = np.full(self._rows, len(ids), np.int32)
     read = (x_B1D, jax.device_get(seen), places_B, np.zeros(self._rows, bool))

@@ -330,7 +330,7 @@ def _read(
       a[row, first:end].tolist() for a in (state.model_BS, state.sampling_BS)
     )
     ended = "stop" if stopped else "length"
-    found.append(Generated(ids[: end - first], ended, model, sampling, []))
+    found.append(Generated(ids[: end - first], ended, model, sampling, [], []))
     counts = (state.proposed_B, state.accepted_B, state.rounds_B)
     told.append(Acceptance(*(int(a[row]) for a in counts), tokens=len(ids)))
   return found, told

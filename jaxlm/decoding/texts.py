@@ -19,7 +19,8 @@ class Written(NamedTuple):
   """What a row got."""
 
   text: str
-  """What follows the prompt, up to a stop string, which is left out."""
+  """What follows the prompt, up to a stop string, which is left out. Of a tokenizer
+  that adds a space to each text, a text at a document's start comes without it."""
   ended: str
   """"stop": a stop token; "length": as many tokens as asked for; "string": a stop
   string; "constraint": nothing more could come."""
@@ -56,18 +57,22 @@ def write(
   """
   if "" in ends.strings:
     raise InputError("stop string: it is empty; give at least one letter.")
+  if ends.strings and any(one.min_tokens for one in growing.samplings):
+    raise InputError("min_tokens: it cannot hold back stop strings; give 0 or none.")
   bound = None if ends.constraint is None else _Bound(ends.constraint, growing)
   texts = [_Text(tokenizer, prompt, ends.strings) for prompt in growing.prompts]
   over: dict[int, str] = {}
   while growing.running:
     growing.step(1 if bound else EVERY, bound.masks() if bound else None)
     for row, made in enumerate(growing.rows()):
-      if row in over or made.ended == "stop":
+      if row in over:
         continue
       cut = texts[row].cut(made.tokens)
       if cut is not None:
         over[row] = "string"
         growing.end(row, cut)
+      elif made.ended == "stop":
+        continue
       elif bound and bound.advance(row, made.tokens):
         over[row] = "constraint"
         growing.end(row, len(made.tokens))

@@ -65,7 +65,8 @@ def extend(
 ) -> tuple[KVCache, Seen]:
   """Returns the cache with these tokens, and what they may see.
 
-  A row's positions grow by one; negative ones are padding, which leaves no trace.
+  A row's positions grow by one; negative ones are padding, before or after the others,
+  which leaves no trace.
   """
   (_, T), S = positions_BT.shape, cache.slots
   last_B = jnp.max(positions_BT, axis=1)
@@ -73,7 +74,8 @@ def extend(
   if window is None or T == 1 or window + T - 1 <= S:
     return after, _seen(after, k_BTGK.dtype, held(last_B, S))
   # The new tokens push keys out of the ring that the first of them still see.
-  before = _seen(cache, k_BTGK.dtype, held(positions_BT[:, 0] - 1, S))
+  first_B = jnp.min(jnp.where(positions_BT < 0, NOWHERE, positions_BT), axis=1)
+  before = _seen(cache, k_BTGK.dtype, held(first_B - 1, S))
   k_BGTK, v_BGTK = (_through(cache, jnp.swapaxes(a, 1, 2)) for a in (k_BTGK, v_BTGK))
   k_BGKT = jnp.swapaxes(k_BGTK, 2, 3)
   new = Seen(k_BGKT, v_BGTK, jnp.where(positions_BT < 0, NOWHERE, positions_BT))

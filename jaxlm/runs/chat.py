@@ -43,6 +43,13 @@ class Chat:
   tensor: int = 1
   """Devices over which heads, hidden units and vocabulary are split."""
 
+  def __post_init__(self):
+    for field in ("tokens", "length", "tensor"):
+      if vars(self)[field] < 1:
+        raise InputError(f"{field}: {vars(self)[field]} is under 1.")
+    if self.seed < 0:
+      raise InputError(f"seed: {self.seed} is negative.")
+
   def run(self) -> None:
     """Reads lines and writes replies until the input ends.
 

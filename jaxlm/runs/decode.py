@@ -173,14 +173,16 @@ class Decode:
     self, layout: Layout, step: Step, chip: Chip, costs: hlo.Costs | None
   ) -> str:
     """Returns what a step reads, and the tokens a second that this allows."""
-    weights, cache = (
-      held_bytes(shapes, over)
-      for shapes, over in zip(step.shapes[:2], step.shardings[:2], strict=True)
-    )
+    params, over = (dict(trees[0]) for trees in (step.shapes, step.shardings))
+    del params["embed"], over["embed"]  # of which a step reads a row for each text
+    weights = held_bytes(params, over)
+    cache = held_bytes(step.shapes[1], step.shardings[1])
     hbm = (weights + cache) / chip.hbm_bandwidth
-    # A token's share of the products: two operations a weight, and the attention.
-    flops = 2.0 * count.matrix_parameters(self.model) * self.rows / layout.mesh.size
-    compute = flops / chip.flops
+    flops = 2.0 * count.matrix_parameters(self.model)
+    for block in self.model.blocks:
+      seen = min(block.mixer.window or self.length, self.length)
+      flops += 4.0 * block.mixer.heads * block.mixer.head_dim * seen
+    compute = flops * self.rows / layout.mesh.size / chip.flops
     links = sum(k.sent for k in costs.collectives.values()) / chip.ici if costs else 0.0
     step_seconds = max(hbm, compute) + links
     lines = [

@@ -1,6 +1,7 @@
 """Prompts of a file to a file of texts, a batch at a time."""
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -73,6 +74,8 @@ class Generate:
       raise InputError("samples: greedy texts of a prompt are all the same; give 1.")
     if self.samples > 1 and self.sampling.seed is not None:
       raise InputError("sampling.seed: all samples would be the same; give `seed`.")
+    if not 0 <= self.seed < 2**31:
+      raise InputError(f"seed: {self.seed} is not from 0 to 2**31 - 1.")
 
   def run(self) -> list[dict[str, Any]]:
     """Writes the file; returns its rows.
@@ -82,10 +85,10 @@ class Generate:
         run wrote.
     """
     given = list(self._given())
-    out, made = self._claim(len(given) * self.samples)
     loaded = self.model.load(self.length, "one" if self.batch == 1 else "many")
     ids = [self._encode(loaded, where, row) for where, row in given]
     ends = self._ends(loaded.tokenizer)
+    out, made = self._claim(given)
     began, tokens = time.perf_counter(), 0
     total = len(ids) * self.samples
     rows = [row for _, row in files.read_jsonl(out)] if made else []
@@ -95,10 +98,13 @@ class Generate:
         texts = self._batch(
           loaded, [ids[i // self.samples] for i in places], places, ends
         )
-        new = [self._row(i, given, text) for i, text in zip(places, texts, strict=True)]
+        new = [
+          json.dumps(self._row(i, given, text), ensure_ascii=False) + "\n"
+          for i, text in zip(places, texts, strict=True)
+        ]
         with out.open("a") as file:
-          file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-        rows += new
+          file.writelines(new)
+        rows += map(json.loads, new)
         tokens += sum(len(text.row.tokens) for text in texts)
         bar.update(len(new))
     seconds = time.perf_counter() - began
@@ -113,7 +119,7 @@ class Generate:
     """Yields where each prompt stands, and its row."""
     for file in files.find(self.prompts, "prompts"):
       if ".jsonl" not in file.name:
-        lines = files.read_text(file).splitlines()
+        lines = files.read_text(file).removesuffix("\n").split("\n")
         for number, line in enumerate(lines, 1):
           yield f"{file}, line {number}", {"prompt": line}
         continue
@@ -121,14 +127,21 @@ class Generate:
         where = f"{file}, line {number}"
         if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
           raise InputError(f"{where}: needs either 'prompt' or 'messages'.")
+        if other := row.keys() - {"prompt", "messages", "id"}:
+          raise InputError(
+            f"{where}: {sorted(other)} would change nothing; a row has 'prompt' or "
+            "'messages', and 'id', which is copied. The sampling is the config's."
+          )
         yield where, row
 
-  def _claim(self, total: int) -> tuple[epath.Path, int]:
+  def _claim(self, given: list) -> tuple[epath.Path, int]:
     """Returns the file, and how many rows this run has written to it already."""
+    total = len(given) * self.samples
     out = files.absolute(self.out)
     note = out.with_name(out.name + ".config.json")
     mine = dataclasses.replace(self, **{f: getattr(Generate, f) for f in FREE})
-    text = config.to_json(mine)
+    prompts = json.dumps([row for _, row in given]).encode()
+    text = f"{config.to_json(mine)}\nprompts {hashlib.sha256(prompts).hexdigest()}\n"
     if not out.exists():
       out.parent.mkdir(parents=True, exist_ok=True)
       files.write_atomic(note, text)
@@ -136,7 +149,8 @@ class Generate:
       return out, 0
     if not note.exists() or note.read_text() != text:
       raise InputError(
-        f"out: {out} is there, and was not written by this config. Give another file."
+        f"out: {out} is there, and was not written by this config from these prompts. "
+        "Give another file."
       )
     whole = files.read_text(out)
     kept = whole[: whole.rfind("\n") + 1]  # a killed run may leave half a row
@@ -152,9 +166,9 @@ class Generate:
         raise InputError(f"{where}: 'messages', and the model has no chat template.")
       try:
         messages = tuple(Message(**message) for message in row["messages"])
-      except TypeError as error:
+        ids = encode_chat(tokenizer, messages, template=tokenizer.chat_template)
+      except (TypeError, InputError) as error:
         raise InputError(f"{where}: messages: {error}") from error
-      ids = encode_chat(tokenizer, messages, template=tokenizer.chat_template)
     else:
       if not isinstance(row["prompt"], str):
         raise InputError(f"{where}: prompt: {row['prompt']!r} is no text.")
@@ -194,7 +208,8 @@ class Generate:
     return dataclasses.replace(self.sampling, seed=self.seed * 2**32 + place)
 
   def _row(self, place: int, given: list, text: Written) -> dict[str, Any]:
-    row = {
+    asked = given[place // self.samples][1]
+    row = {name: asked[name] for name in ("id",) if name in asked} | {
       "prompt": place // self.samples,
       "sample": place % self.samples,
       "text": text.text,
@@ -202,4 +217,5 @@ class Generate:
       "tokens": text.row.tokens,
       "logprobs": [round(value, 6) for value in text.row.model],
     }
-    return row | ({"top": text.row.top} if self.top else {})
+    tops = {"top": text.row.top, "top_sampling": text.row.top_sampling}
+    return row | (tops if self.top else {})

@@ -77,9 +77,12 @@ def test_log_probabilities_are_those_of_full_forwards():
     )
     for told, place in zip(row.top, places, strict=True):
       assert list(told) == np.argsort(-place, kind="stable")[:3].tolist()
-      np.testing.assert_allclose(
-        list(told.values()), np.sort(place)[::-1][:3], atol=1e-5
-      )
+      likeliest = np.sort(place)[::-1][:3]
+      np.testing.assert_allclose(list(told.values()), likeliest, atol=1e-5)
+    drawn_from = zip(row.top_sampling, row.sampling, row.tokens, strict=True)
+    for told, value, token in drawn_from:
+      assert list(told.values()) == sorted(told.values(), reverse=True)
+      assert token not in told or told[token] == value
   greedy, penalized, drawn = found
   assert greedy.sampling == [0.0] * 6
   np.testing.assert_allclose(drawn.sampling, drawn.model, atol=1e-5)
@@ -135,6 +138,12 @@ def test_prompts_in_chunks_and_after_a_prefix_change_nothing(model, chunk):
     for row, one in zip(rows, wanted, strict=True):
       assert row.tokens == one.tokens
       np.testing.assert_allclose(row.model, one.model, atol=1e-5)
+  with pytest.raises(InputError, match="cache: int8, and the prefix was read in float"):
+    generate(*made(model), PROMPTS, GREEDY, tokens=6, prefix=prefix, cache="int8")
+  with pytest.raises(
+    InputError, match=r"length: 4 positions leave no room after 4 ids"
+  ):
+    Prefix.read(*made(model), [3, 1, 4, 1], length=4)
   with pytest.raises(InputError, match=r"read for rows of 20 positions, .* needs 21"):
     generate(*made(model), PROMPTS, GREEDY, tokens=13, prefix=prefix)
 
@@ -158,6 +167,12 @@ def test_the_caller_ends_a_row_and_the_others_go_on():
   assert [found[0], found[2]] == [wanted[0], wanted[2]]
 
 
+def test_a_step_makes_one_token_at_least():
+  growing = Generation(*made(), PROMPTS, MIXED, Options(tokens=6))
+  with pytest.raises(InputError, match="tokens of a step: 0 is under 1"):
+    next(growing.stream(every=0))
+
+
 def test_a_mask_binds_each_step():
   growing = Generation(*made(), PROMPTS, MIXED, Options(tokens=6))
   for step in range(6):
@@ -174,6 +189,25 @@ def test_after_the_first_call_nothing_is_compiled():
   longer = [[*prompt, 2, 3] for prompt in PROMPTS]
   with compiles() as told:
     generate(*made(), longer, other, tokens=7, stops=(3,))
+  assert told.names == []
+
+
+def test_ending_rows_and_masks_compile_nothing_on_a_mesh():
+  sharded = Decoder(MODEL, Precision(), Layout(make_mesh(Mesh(fsdp=4, tensor=2))))
+  mask = np.ones((3, VOCAB), bool)
+
+  def run(rows):
+    growing = Generation(sharded, made()[1], PROMPTS, MIXED, Options(tokens=8))
+    growing.step(2)
+    for row in rows:
+      growing.step(1)
+      growing.end(row, 1)
+    growing.step(1, mask)
+    return growing.finish()
+
+  run([1])
+  with compiles() as told:
+    run([0, 2])
   assert told.names == []
 
 
@@ -206,6 +240,7 @@ def test_what_cannot_be_generated():
     ([[1]], GREEDY, one | {"chunk": 0}, "chunk: 0"),
     ([[1]], GREEDY, one | {"top": 17}, "top: 17 of 16"),
     ([[1]], (GREEDY, GREEDY), one, "sampling: 2 for 1 prompts"),
+    ([[1]], GREEDY, one | {"cache": "int32"}, "cache: 'int32'; it takes float32"),
     ([[1]], Sampling(banned=tuple(range(VOCAB))), one, "no token is left"),
   ):
     with pytest.raises(InputError, match=says):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -6,13 +7,17 @@ import pytest
 from models.specs import SPECS, decoder, params_of
 
 from jaxlm.decoding import prefill as prefills
+from jaxlm.decoding import session as sessions
 from jaxlm.decoding.generate import generate
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.decoding.session import CHUNK, Session
 from jaxlm.errors import InputError
+from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.rules import Layout
 
 MODEL = SPECS["gemma: MQA, GeGLU, sandwich, windows, softcaps, qk-norm"]
 LEARNED = SPECS["gpt: MHA, GELU, LayerNorm, learned, tied, biases"]
+DENSE = SPECS["llama: GQA, SwiGLU, RMSNorm, scaled rotary"]
 GREEDY, DRAWN = Sampling(temperature=0.0), Sampling()
 PROMPT = [3, 1, 4, 1, 5]
 LENGTH = 40
@@ -72,14 +77,23 @@ def test_only_new_tokens_are_computed(monkeypatch):
   assert widths[1] == (16, [24, 25])
 
 
-def test_a_ring_that_cannot_be_taken_back_so_far_is_filled_anew():
+def test_a_ring_that_cannot_be_taken_back_so_far_is_filled_anew(monkeypatch):
   kept = session()
   first = take(kept.stream(PROMPT, GREEDY, stops=(), seed=0), 19)
-  for back in (CHUNK, CHUNK + 1, 2 * CHUNK, 18):
-    ids = [*PROMPT, *first[: 19 - back], 7]
+  begins, real = [], prefills._extend
+
+  def extend(decoder, params, cache, new, x_B1D):
+    begins.append(int(new[1].min(initial=99, where=new[1] >= 0)))
+    return real(decoder, params, cache, new, x_B1D)
+
+  monkeypatch.setattr(prefills, "_extend", extend)
+  whole = [*PROMPT, *first]
+  for back in (1, CHUNK, CHUNK + 1, 18):
+    take(kept.stream([*whole, 1], GREEDY, stops=(), seed=0), 1)
+    ids = [*whole[: len(whole) + 1 - back], 7 if whole[-back] != 7 else 8]
     again = take(kept.stream(ids, GREEDY, stops=(), seed=0), 3)
+    assert begins[-1] == (len(ids) - 1 if back <= CHUNK else 0)
     assert again == greedy(ids, 3)
-    take(kept.stream([*PROMPT, *first], GREEDY, stops=(), seed=0), 1)
 
 
 def test_it_ends_at_a_stop_and_leaves_it_out():
@@ -106,7 +120,42 @@ def test_draws_depend_on_seed_and_position_alone():
   assert kept_one + rest == one
 
 
+def test_a_reader_who_stops_in_mid_step_finds_the_session_whole(monkeypatch):
+  kept, real = session(), sessions.advance
+
+  def interrupted(*args):
+    real(*args)
+    raise KeyboardInterrupt
+
+  take(kept.stream(PROMPT, GREEDY, stops=(), seed=0), 3)
+  monkeypatch.setattr(sessions, "advance", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    take(kept.stream(PROMPT, GREEDY, stops=(), seed=0), 3)
+  monkeypatch.undo()
+  assert take(kept.stream(PROMPT, GREEDY, stops=(), seed=0), 9) == greedy(PROMPT, 9)
+
+
+def test_rows_split_over_a_mesh_change_nothing():
+  decoder, params = made()
+  split = decoder.clone(layout=Layout(make_mesh(Mesh(fsdp=4, tensor=2))))
+  kept = Session(split.clone(spec=DENSE), params_of(split.clone(spec=DENSE)), length=40)
+  first = take(kept.stream(PROMPT, GREEDY, stops=(), seed=0), 6)
+  alone = Session(
+    decoder.clone(spec=DENSE), params_of(decoder.clone(spec=DENSE)), length=40
+  )
+  assert first == take(alone.stream(PROMPT, GREEDY, stops=(), seed=0), 6)
+  ids = [*PROMPT, *first, 2]
+  again = take(kept.stream(ids, GREEDY, stops=(), seed=0), 4)
+  assert again == take(alone.stream(ids, GREEDY, stops=(), seed=0), 4)
+  assert params is not None
+
+
 def test_what_cannot_be_streamed():
+  with pytest.raises(InputError, match="id 99 is not in the vocabulary of 16"):
+    next(session().stream([1, 99], GREEDY, stops=(), seed=0))
+  short = decoder(dataclasses.replace(MODEL, context=20))
+  with pytest.raises(InputError, match="40 positions, and the model is made for 20"):
+    Session(short, made()[1], length=LENGTH)
   with pytest.raises(InputError, match="0 tokens do not fit"):
     next(session().stream([], GREEDY, stops=(), seed=0))
   with pytest.raises(InputError, match="40 tokens do not fit into 40 positions"):

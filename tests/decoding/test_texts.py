@@ -66,6 +66,16 @@ def test_a_text_ends_before_a_stop_string(at):
   assert found[1].ended == "string"
 
 
+def test_a_stop_string_before_a_stop_token_in_one_look_is_the_end():
+  rows = begin().finish()
+  string, stop = free()[1][1:3], rows[1].tokens[5]
+  options = Options(tokens=40, stops=(stop,))
+  growing = Generation(decoder(MODEL), params(), PROMPTS, LETTERS, options)
+  found = write(growing, TOKENIZER, Ends(strings=(string,)))[1]
+  assert (found.text, found.ended) == (free()[1][:1], "string")
+  assert len(found.row.tokens) == len(found.row.model) == 3
+
+
 def test_the_first_of_several_stop_strings_ends():
   text = free()[0]
   ends = Ends(strings=(text[20:22], text[10:12]))
@@ -113,6 +123,8 @@ def test_what_cannot_be_written():
   waiting = begin([Sampling(min_tokens=3)] * 3)
   with pytest.raises(InputError, match="min_tokens: the constraint says"):
     write(waiting, TOKENIZER, Ends(constraint=bound))
+  with pytest.raises(InputError, match="min_tokens: it cannot hold back stop strings"):
+    write(waiting, TOKENIZER, Ends(strings=("a",)))
   letters = begin([Sampling(allowed=tuple(b"abc"))] * 3)
   with pytest.raises(InputError, match="row 0: what the constraint lets come"):
     write(letters, TOKENIZER, Ends(constraint=bound))

@@ -67,15 +67,15 @@ def unpacked() -> np.ndarray:
 
 
 CALLS = (
-  # First new token of each row, and how many follow; the prompts in chunks of two,
+  # First new token of each row, and how many there are; the prompts in chunks of two,
   ((0, 0), (2, 2)),
   ((2, 2), (1, 2)),
   ((3, 4), (0, 1)),
   # token by token, at different places,
   ((3, 5), (1, 1)),
   ((4, 6), (1, 1)),
-  # and several at once on top of what is cached.
-  ((5, 7), (4, 2)),
+  # and several at once on top of what is cached, padded in front.
+  ((5, 7), (-4, -2)),
 )
 
 
@@ -84,15 +84,17 @@ def decode(made, params, tokens_BT):
   cache = caches.empty(made.spec, 2, 12, "float32")
   out_BTD = jnp.full((*tokens_BT.shape, made.spec.dim), jnp.nan)
   for firsts, counts in CALLS:
-    offsets = np.arange(max(counts))
-    positions = np.where(
-      offsets < np.array(counts)[:, None], np.array(firsts)[:, None] + offsets, -1
-    ).astype(np.int32)
-    positions = jnp.asarray(positions)
+    offsets = np.arange(max(map(abs, counts)))
+    begin = np.array(firsts)[:, None]
+    positions = np.where(offsets < np.abs(counts)[:, None], begin + offsets, -1)
+    if min(counts) < 0:
+      positions = np.sort(positions, axis=1)
+    positions = jnp.asarray(positions, jnp.int32)
     tokens = jnp.take_along_axis(tokens_BT, jnp.maximum(positions, 0), axis=1)
     x_BTD, cache = made.apply({"params": params}, tokens, positions, cache=cache)
     for row, (first, count) in enumerate(zip(firsts, counts, strict=True)):
-      out_BTD = out_BTD.at[row, first : first + count].set(x_BTD[row, :count])
+      some = slice(0, count) if count >= 0 else slice(count, None)
+      out_BTD = out_BTD.at[row, first : first + abs(count)].set(x_BTD[row, some])
   return out_BTD
 
 

@@ -40,6 +40,13 @@ def talk(model, monkeypatch, capsys):
   return run
 
 
+@pytest.mark.parametrize("override", ["tokens=0", "length=0", "tensor=0", "seed=-1"])
+def test_numbers_are_checked_before_the_model_is_loaded(override):
+  cfg = config.load("configs/chat.py:model=nowhere")
+  with pytest.raises(InputError, match=override.split("=")[0] + ": "):
+    config.override(cfg, [override])
+
+
 def test_it_remembers_and_forgets(talk, model):
   out, given = talk(
     "Who is king?", "And here?", "/reset", "Who is king?", overrides=GREEDY

@@ -33,8 +33,13 @@ def test_a_plan_tells_what_a_step_reads(capsys, monkeypatch):
   assert "libtpu is not installed" in out
   weights, cache = map(float, re.findall(r"([\d.]+) GB of (?:weights|keys)", out))
   # 8.03e9 parameters of two bytes over 8 chips; 32 layers, 8 heads of 128, twice.
-  assert weights == pytest.approx(8.03 * 2 / 8, rel=1e-3)
+  # Less the table, of which a step reads a row a text.
+  assert weights == pytest.approx((8.03026 - 128256 * 4096 / 1e9) * 2 / 8, rel=1e-3)
   assert cache == pytest.approx(16 * 2048 * 32 * 8 * 128 * 2 * 2 / 8 / 1e9, rel=1e-3)
+  # Two operations a weight, four a key and head dim: 32 layers, 32 heads of 128.
+  flops = 16 * (2 * 7.5049e9 + 4 * 2048 * 32 * 32 * 128) / 8
+  told = float(re.search(r"products ([\d.]+) ms", out)[1])
+  assert told == pytest.approx(flops / 197e12 * 1e3, abs=0.006)
   assert f"memory {(weights + cache) / 819 * 1e3:.2f} ms" in out
 
 

@@ -93,6 +93,10 @@ def test_a_constraint_and_the_likeliest_tokens(call):
     ('{"text": "a"}\n', (), r"in.jsonl, line 1: needs either 'prompt' or 'messages'"),
     ('{"prompt": 3}\n', (), "line 1: prompt: 3 is no text"),
     ('{"messages": [{"role": "user"}]}\n', (), "line 1: messages: "),
+    ('{"prompt": "a", "seed": 1}\n', (), r"line 1: \['seed'\] would change nothing"),
+    ('{"messages": [{"role": "user", "content": 5}]}\n', (), "line 1: messages: "),
+    ('{"messages": [{"role": "x", "content": "a"}]}\n', (), "line 1: messages: "),
+    (ROWS, ("seed=-1",), "seed: -1 is not from 0"),
     (ROWS, ("length=12",), r"line 3: .* tokens leave room for .* of 12"),
     (ROWS, ("tokens=0",), "tokens: 0 is under 1"),
     (ROWS, ("samples=2", "sampling.temperature=0"), "greedy texts .* are all the same"),
@@ -104,6 +108,23 @@ def test_a_constraint_and_the_likeliest_tokens(call):
 def test_bad_input(call, text, overrides, says):
   with pytest.raises(InputError, match=says):
     call(text, *overrides)
+
+
+def test_what_was_refused_leaves_no_file(call, tmp_path):
+  with pytest.raises(InputError, match="tokens leave room"):
+    call(ROWS, "length=12")
+  assert len(call(ROWS)) == 4
+
+
+def test_an_id_is_copied(call):
+  rows = call('{"id": "q7", "prompt": "a"}\n{"prompt": "b"}\n')
+  assert [row.get("id") for row in rows] == ["q7", None]
+
+
+def test_other_prompts_under_the_same_name_are_noticed(call):
+  call(ROWS)
+  with pytest.raises(InputError, match="by this config from these prompts"):
+    call(ROWS.replace("queen", "knave"))
 
 
 def test_another_config_s_file_stays(call, tmp_path):
