@@ -33,6 +33,12 @@ def absolute(name: Pathlike) -> epath.Path:
   return place if "://" in str(place) else place.absolute()
 
 
+def require_local(place: epath.Path, field: str) -> None:
+  """Raises InputError, which names `field`, where a path is remote."""
+  if "://" in str(place):
+    raise InputError(f"{field}={place}: is remote; give a local folder.")
+
+
 def find(pattern: Pathlike, field: str) -> list[epath.Path]:
   """Returns the files that a path or a glob pattern names, sorted.
 

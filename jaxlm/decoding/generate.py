@@ -305,7 +305,7 @@ def begin(
   out = Out(*values, ranked, jax.tree.map(jnp.copy, ranked))
   token_B, made = jnp.zeros(B, jnp.int32), jnp.zeros((), jnp.int32)
   state = State(cache, seen, token_B, position_B - 1, done_B, made, out)
-  return _choose(decoder, top, given, state, x_B1D)
+  return _told(decoder, _choose(decoder, top, given, state, x_B1D))
 
 
 def _choose(
@@ -324,10 +324,15 @@ def _choose(
   )
   out = jax.tree.map(lambda a, b: a.at[:, state.made].set(b), state.out, new)
   made = state.made + 1
-  state = State(state.cache, seen, found.token_B, position_B, done_B, made, out)
-  # Whole on every device: the host reads these, of several processes each.
+  return State(state.cache, seen, found.token_B, position_B, done_B, made, out)
+
+
+def _told(decoder: Decoder, state: State) -> State:
+  """Returns the state with what the host reads whole on every device: with several
+  processes each of them reads it."""
   whole = lambda a: decoder.layout.constrain(a, *[None] * a.ndim)  # noqa: E731
-  return state._replace(done_B=whole(done_B), out=jax.tree.map(whole, out))
+  told = jax.tree.map(whole, (state.done_B, state.made, state.out))
+  return state._replace(done_B=told[0], made=told[1], out=told[2])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -349,4 +354,4 @@ def advance(
   def wanted(state: State) -> Array:
     return (state.made < upto) & ~jnp.all(state.done_B)
 
-  return jax.lax.while_loop(wanted, one, state)
+  return _told(decoder, jax.lax.while_loop(wanted, one, state))

@@ -26,8 +26,6 @@ class Chip:
   """Bytes a second that leave the chip over the links to its neighbours, together."""
   dcn: float
   """Bytes a second of the chip's share of the network between slices or nodes."""
-  clock: float
-  """Cycles a second, to turn the compiler's estimate into time; 0: not told."""
   torus: int = 0
   """Dimensions of the torus of its links; 0 where links go through a switch."""
   chips_a_host: int = 4
@@ -41,7 +39,7 @@ _GB = 1e9
 # v5p, v6e, tpu7x), for one chip: peak bf16, HBM capacity and bandwidth, inter-chip
 # interconnect bandwidth (bits, of all links, both directions counted once); DCN from
 # "How to scale your model" (Austin et al. 2025), chapter "TPUs": 6.25 GB/s a chip for
-# v5p, v5e 3.125, v6e 12.5. Clocks: the same book's table of MXU rates.
+# v5p, v5e 3.125, v6e 12.5.
 _TPUS = (
   Chip(
     name="v4",
@@ -52,7 +50,6 @@ _TPUS = (
     hbm_bandwidth=1228 * _GB,
     ici=6 * 45 * _GB,  # six links of 45 GB/s a direction (Jouppi et al. 2023, table 1)
     dcn=6.25 * _GB,
-    clock=1.05e9,  # Jouppi et al. 2023, "TPU v4", table 4: 1,050 MHz
     torus=3,
   ),
   Chip(
@@ -64,7 +61,6 @@ _TPUS = (
     hbm_bandwidth=819 * _GB,
     ici=4 * 45 * _GB,  # four links; the page tells 1,600 Gbit/s, both directions
     dcn=3.125 * _GB,
-    clock=1.5e9,  # 197e12 / (4 MXU x 128 x 128 x 2)
     torus=2,
     chips_a_host=8,
   ),
@@ -77,7 +73,6 @@ _TPUS = (
     hbm_bandwidth=2765 * _GB,
     ici=6 * 90 * _GB,  # 4,800 Gbit/s in all: six links of 90 GB/s a direction
     dcn=6.25 * _GB,
-    clock=1.75e9,  # 459e12 / (8 MXU x 128 x 128 x 2)
     torus=3,
   ),
   Chip(
@@ -89,7 +84,6 @@ _TPUS = (
     hbm_bandwidth=1640 * _GB,
     ici=4 * 90 * _GB,  # four links; the page tells 3,200 Gbit/s
     dcn=12.5 * _GB,
-    clock=1.75e9,  # 918e12 / (4 MXU x 256 x 256 x 2)
     torus=2,
     chips_a_host=8,
   ),
@@ -102,7 +96,6 @@ _TPUS = (
     hbm_bandwidth=7380 * _GB / 2,
     ici=6 * 100 * _GB / 2,  # 1,200 GB/s a chip, both directions
     dcn=12.5 * _GB / 2,
-    clock=0.0,
     torus=3,
     chips_a_host=8,
   ),
@@ -121,7 +114,6 @@ _GPUS = (
     hbm_bandwidth=2039 * _GB,
     ici=300 * _GB,
     dcn=25 * _GB,
-    clock=1.41e9,
     chips_a_host=8,
   ),
   Chip(
@@ -133,7 +125,6 @@ _GPUS = (
     hbm_bandwidth=3352 * _GB,
     ici=450 * _GB,
     dcn=50 * _GB,
-    clock=1.83e9,
     chips_a_host=8,
   ),
   Chip(
@@ -145,7 +136,6 @@ _GPUS = (
     hbm_bandwidth=4800 * _GB,
     ici=450 * _GB,
     dcn=50 * _GB,
-    clock=1.83e9,
     chips_a_host=8,
   ),
   Chip(
@@ -157,7 +147,6 @@ _GPUS = (
     hbm_bandwidth=7700 * _GB,
     ici=900 * _GB,
     dcn=50 * _GB,
-    clock=0.0,
     chips_a_host=8,
   ),
 )

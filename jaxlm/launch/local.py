@@ -17,10 +17,15 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from jaxlm.errors import InputError
 from jaxlm.launch.pods import ADDRESS, COUNT, INDEX
 
 GRACE_SECONDS = 5.0
 """What the others get to say why they stop, once one is gone."""
+
+
+class _Terminated(KeyboardInterrupt):
+  """SIGTERM, as Python raises SIGINT."""
 
 
 def environment(
@@ -42,31 +47,38 @@ def free_address() -> str:
 def run(command: Sequence[str], processes: int, devices: int) -> int:
   """Runs a command in so many processes; returns the exit code of the whole.
 
-  Lines of processes other than the first carry their number. Ctrl-C reaches all of
-  them, and is waited for.
+  Lines of processes other than the first carry their number. Ctrl-C and
+  SIGTERM reach all of them, and are waited for; none outlives this call.
   """
   address = free_address()
-  children = [
-    subprocess.Popen(
-      command,
-      env=environment(address, process, processes, devices),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      start_new_session=True,
-    )
-    for process in range(processes)
-  ]
-  readers = [
-    threading.Thread(target=_copy, args=(child.stdout, number))
-    for number, child in enumerate(children)
-  ]
-  for reader in readers:
-    reader.start()
-  code = _wait(children)
-  for reader in readers:
-    reader.join()
-  return code
+  children: list[subprocess.Popen] = []
+  readers: list[threading.Thread] = []
+  before = signal.signal(signal.SIGTERM, _terminate)
+  try:
+    for process in range(processes):
+      child = subprocess.Popen(
+        command,
+        env=environment(address, process, processes, devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+      )
+      children.append(child)
+      readers.append(threading.Thread(target=_copy, args=(child.stdout, process)))
+      readers[-1].start()
+    return _wait(children)
+  finally:
+    for child in children:
+      child.kill()
+    for reader in readers:
+      reader.join()
+    signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> None:
+  del number, frame
+  raise _Terminated
 
 
 def _copy(stream: IO[str] | None, process: int) -> None:
@@ -89,9 +101,10 @@ def _wait(children: list[subprocess.Popen]) -> int:
       if all(code == 0 for code in codes):
         return 0
       time.sleep(0.05)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as asked:
+      told = signal.SIGTERM if isinstance(asked, _Terminated) else signal.SIGINT
       for child in children:
-        child.send_signal(signal.SIGINT)
+        child.send_signal(told)
 
 
 def _end(children: list[subprocess.Popen], lost: int) -> int:
@@ -115,16 +128,33 @@ def _end(children: list[subprocess.Popen], lost: int) -> int:
   return code
 
 
+def split(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+  """Splits the two flags of this command from those for `jaxlm`.
+
+  Raises:
+    InputError: one of the two has no count of at least 1.
+  """
+  sizes, rest = {"processes": 2, "devices": 1}, []
+  left = iter(words)
+  for word in left:
+    found = re.fullmatch(r"--?(processes|devices)(?:=(.*))?", word)
+    if found is None:
+      rest.append(word)
+      continue
+    value = next(left, "") if found[2] is None else found[2]
+    if not re.fullmatch(r"[1-9]\d*", value):
+      raise InputError(f"--{found[1]}: {value!r} is no whole number of at least 1.")
+    sizes[found[1]] = int(value)
+  return sizes, rest
+
+
 def main() -> None:
   """The console command."""
-  sizes = {"processes": 2, "devices": 1}
-  rest = []
-  for word in sys.argv[1:]:
-    found = re.fullmatch(r"--(processes|devices)=(\d+)", word)
-    if found and int(found[2]) > 0:
-      sizes[found[1]] = int(found[2])
-    else:
-      rest.append(word)
+  try:
+    sizes, rest = split(sys.argv[1:])
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
   if not rest or {"--help", "-h"} & set(rest):
     print(__doc__)
     sys.exit(0 if rest else 2)

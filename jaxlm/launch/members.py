@@ -3,7 +3,6 @@
 import os
 import pathlib
 import random
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,19 +30,22 @@ def run(start: Callable[..., Any], workdirs: Sequence[str], flag: str) -> None:
   me = jax.process_index()
   if processes.first():
     print(pods.describe(pod), flush=True)
-  looks = _watch(files.absolute(workdirs[0])) if workdirs else None
+  looks = None
   try:
-    if looks is not None:
+    if workdirs:
+      looks = _watch(workdirs[0])
       looks.start()
     start(*workdirs)
     processes.meet("end")
   except InputError as error:
     _end(f"error: {error}" if processes.first() else f"error: process {me}: {error}", 2)
   except jax.errors.JaxRuntimeError as error:
-    # A collective has failed; the watch knows soon who is gone.
+    # Where a collective has failed, the watch knows soon who is gone.
     lost = looks and looks.wait(watch.LOST_SECONDS + 2 * watch.BEAT_SECONDS)
-    first_line = str(error).partition("\n")[0]
-    watch.give_up(me, lost or f"a collective failed ({first_line})")
+    if lost:
+      watch.give_up(me, lost)
+    traceback.print_exception(error)
+    _end(f"error: process {me} ends by the exception above", 1)
   except KeyboardInterrupt:
     _end(f"process {me}: interrupted", 130)
   except BaseException:
@@ -53,14 +55,15 @@ def run(start: Callable[..., Any], workdirs: Sequence[str], flag: str) -> None:
     looks.stop()
 
 
-def _watch(workdir: Any) -> watch.Watch:
-  """Returns the watch of this start; earlier ones' signs are deleted."""
+def _watch(workdir: str) -> watch.Watch:
+  """Returns the watch of this start, in a folder that no other start has.
+
+  Nothing is deleted: the workdir may be refused yet, or be that of a run that lives.
+  """
+  place = files.absolute(workdir)
+  files.require_local(place, "--workdir")
   started = processes.from_first(random.SystemRandom().randrange(2**31))
-  signs = pathlib.Path(workdir) / watch.SIGNS
-  if processes.first() and signs.exists():
-    shutil.rmtree(signs)
-  processes.meet("signs")
-  folder = signs / str(started)
+  folder = pathlib.Path(place) / watch.SIGNS / str(started)
   return watch.Watch(folder, jax.process_index(), jax.process_count())
 
 

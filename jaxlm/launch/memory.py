@@ -13,7 +13,7 @@ from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.ops.attention import QUERIES
 from jaxlm.ops.collectives import PIECE
-from jaxlm.ops.kernels.choice import choose
+from jaxlm.ops.kernels.choice import NAMING, Chosen, choose
 from jaxlm.shapes import PyTree
 from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import named_leaves
@@ -78,18 +78,23 @@ def _split(decoder: Decoder, axis: str) -> int:
 
 def kept(decoder: Decoder, work: Work) -> float:
   """Returns the bytes kept of every block from the forward to the backward pass."""
-  dtype = count.BYTES[decoder.precision.compute]
+  dtype, blocks = count.BYTES[decoder.precision.compute], decoder.spec.blocks
   tokens = work.rows * work.length
   keep = spec.kept(decoder.remat)
   stream = decoder.spec.dim / _split(decoder, "residual")
   stream *= _split(decoder, "sequence") / _split(decoder, "stream")
   if keep is not None and keep.input == "offload":
     stream = 0.0
-  total = sum(stream + _kept_inside(decoder, block) for block in decoder.spec.blocks)
-  return total * tokens * dtype
+  inside = {block: _kept_inside(decoder, block, work) for block in set(blocks)}
+  return sum(stream + inside[block] for block in blocks) * tokens * dtype
 
 
-def _kept_inside(decoder: Decoder, block: spec.Block) -> float:
+def _chosen(decoder: Decoder, mixer: spec.GQA, work: Work) -> Chosen:
+  asked = work_of(mixer, int(work.length), decoder.precision.compute)
+  return choose(decoder.attention, asked, decoder.layout)
+
+
+def _kept_inside(decoder: Decoder, block: spec.Block, work: Work) -> float:
   """Returns what a device keeps of a token beside a block's input."""
   keep, mixer, dim = spec.kept(decoder.remat), block.mixer, decoder.spec.dim
   head = _padded_head(decoder, mixer)
@@ -102,8 +107,12 @@ def _kept_inside(decoder: Decoder, block: spec.Block) -> float:
     hidden = block.mlp.hidden / _split(decoder, "mlp")
     names = ("gate", "up") if isinstance(block.mlp, spec.GLU) else ("up",)
     sizes |= dict.fromkeys(names, hidden)
+    if block.placement != "pre":  # a norm has it as input
+      sizes["down"] = dim
   if keep is None:  # the input of each product as well
     return sum(sizes.values()) + 2 * dim + hidden
+  if _chosen(decoder, mixer, work).kernel not in NAMING:
+    del sizes["attention"]
   return sum(size for name, size in sizes.items() if name in keep.named("save"))
 
 
@@ -147,8 +156,7 @@ def _scores(decoder: Decoder, block: spec.Block, work: Work) -> float:
   """Returns the bytes of attention's own, beside what it takes and gives."""
   heads = block.mixer.heads / _split(decoder, "heads")
   length = int(work.length)
-  asked = work_of(block.mixer, length, decoder.precision.compute)
-  match choose(decoder.attention, asked, decoder.layout).kernel:
+  match _chosen(decoder, block.mixer, work).kernel:
     case "splash":  # a row at a time
       return 4.0 * LANES * length * heads
     case "cudnn":  # the mask, and as numbers

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, nearest
 from jaxlm.launch.chips import Chip, chip_named
 from jaxlm.sharding.mesh import AXES, Mesh
 from jaxlm.training.state import HOST
@@ -33,7 +33,7 @@ class Target(NamedTuple):
   dims: tuple[int, ...]
   """Chips along each dimension of the torus, or how many."""
   mesh: Mesh | None
-  """In place of the config's."""
+  """In place of the config's, but for its slices."""
 
 
 def targets(text: str) -> list[Target]:
@@ -49,7 +49,7 @@ def targets(text: str) -> list[Target]:
 
 
 def _target(text: str) -> Target:
-  place, _, axes = text.partition("@")
+  place, at, axes = text.partition("@")
   name, _, topology = place.partition(":")
   chip = chip_named(name)
   if not re.fullmatch(r"\d+(x\d+)*", topology) or "0" in topology.split("x"):
@@ -65,12 +65,15 @@ def _target(text: str) -> Target:
       f"{len(dims)}."
     )
   sizes = {}
-  for entry in filter(None, axes.split(",")):
+  for entry in axes.split(",") if at else ():
     axis, _, size = entry.partition("=")
     if axis not in AXES or not re.fullmatch(r"-?\d+", size):
       raise InputError(
         f"--plan={text}: {entry!r} is no AXIS=SIZE; the axes are {', '.join(AXES)}."
+        f"{'' if axis in AXES else nearest(axis, AXES)}"
       )
+    if axis in sizes:
+      raise InputError(f"--plan={text}: {axis} is given twice.")
     sizes[axis] = int(size)
   return Target(text, chip, dims, Mesh(**sizes) if sizes else None)
 

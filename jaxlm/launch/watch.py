@@ -31,10 +31,10 @@ class Watch:
     self._stopped = threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._beats = 0
+    self._told = False
 
   def start(self) -> None:
     """Begins to beat."""
-    self._folder.mkdir(parents=True, exist_ok=True)
     self._beat()
     self._thread.start()
 
@@ -59,33 +59,58 @@ class Watch:
     for process in range(self._processes):
       if process == self._process:
         continue
-      file = self._folder / str(process)
-      sign = file.read_text() if file.exists() else ""
-      if sign.startswith("done"):
-        continue
-      before, since = self._seen.get(process, (None, now))
+      before, since = self._seen.setdefault(process, ("", now))
+      sign = self._read(process) or before
       if sign != before:
         self._seen[process] = (sign, now)
-      elif now - since > LOST_SECONDS:
+      elif not sign.startswith("done") and now - since > LOST_SECONDS:
         host = sign.partition(" ")[2] or "a host that never began"
         return f"process {process} on {host} gave no sign for {now - since:.0f} s"
     return None
 
   def _run(self) -> None:
     while not self._stopped.wait(BEAT_SECONDS):
-      self._beat()
-      if lost := self.lost():
+      if not self._beat():
+        self._seen.clear()  # who cannot write here cannot judge the others' silence
+      elif lost := self.lost():
         give_up(self._process, lost)
 
-  def _beat(self) -> None:
+  def _beat(self) -> bool:
     self._beats += 1
-    self._write(str(self._beats))
+    return self._write(str(self._beats))
 
-  def _write(self, sign: str) -> None:
+  def _write(self, sign: str) -> bool:
+    """Returns whether it could; the folder is made again where it is gone."""
     file = self._folder / str(self._process)
     new = file.with_suffix(".new")
-    new.write_text(f"{sign}.{os.getpid()} {socket.gethostname()}")
-    new.replace(file)
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      new.write_text(f"{sign}.{os.getpid()} {socket.gethostname()}")
+      new.replace(file)
+    except OSError as error:
+      self._tell(error)
+      return False
+    return True
+
+  def _read(self, process: int) -> str:
+    """Returns a process's sign; empty where there is none that can be read."""
+    try:
+      return (self._folder / str(process)).read_text()
+    except FileNotFoundError:
+      return ""
+    except OSError as error:
+      self._tell(error)
+      return ""
+
+  def _tell(self, error: OSError) -> None:
+    if not self._told:
+      self._told = True
+      print(
+        f"process {self._process}: signs of life cannot be written or read ({error}); "
+        "the run goes on, and this is told once.",
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 def give_up(process: int, why: str) -> None:

@@ -26,8 +26,6 @@ _SCATTER: Options = (
 # Collectives run while products do, on GPUs; on TPUs that is the compiler's default.
 _OVERLAP: Options = (
   ("xla_gpu_enable_latency_hiding_scheduler", "true"),
-  ("xla_gpu_enable_pipelined_all_gather", "true"),
-  ("xla_gpu_enable_pipelined_reduce_scatter", "true"),
   ("xla_gpu_enable_while_loop_double_buffering", "true"),
 )
 # The vector memory that a fusion may use; the default is a sixth of it. A step of 8B

@@ -116,5 +116,8 @@ def training_flops(model: spec.LM, seq_len: int) -> Flops:
 
 def cache_bytes(model: spec.LM, length: int, dtype: str) -> int:
   """Returns the bytes of one row's keys and values for `length` positions."""
-  heads = sum(2 * b.mixer.kv_heads * b.mixer.head_dim for b in model.blocks)
-  return heads * length * BYTES[dtype]
+  total = 0
+  for mixer in (block.mixer for block in model.blocks):
+    slots = min(mixer.window or length, length)
+    total += 2 * mixer.kv_heads * mixer.head_dim * slots
+  return total * BYTES[dtype]

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.data.corpus import Data
+from jaxlm.errors import InputError
 from jaxlm.launch import xla
+from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
+from jaxlm.models.spec import Keep
+from jaxlm.ops.kernels.choice import NAMING, choose
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
@@ -34,8 +38,13 @@ class Assembled(NamedTuple):
 def assemble(
   run: "Train", layout: Layout, load: Callable[[Decoder], PyTree] | None = None
 ) -> Assembled:
-  """Returns the parts of a run; `load` gives first parameters for a decoder."""
+  """Returns the parts of a run; `load` gives first parameters for a decoder.
+
+  Raises:
+    InputError: the layout or the table of remat cannot be honoured.
+  """
   decoder = Decoder(run.model, run.precision, layout, run.remat, run.attention)
+  _check_kept(decoder, run.data.seq_len)
   optimizer = optimizers.build(run.optimizer, run.steps, axes_of(decoder))
   plan, first_state = create(
     decoder,
@@ -53,6 +62,21 @@ def assemble(
   )
   batch = batch_shapes(run.data)
   return Assembled(decoder, optimizer, plan, first_state, step, batch)
+
+
+def _check_kept(decoder: Decoder, seq_len: int) -> None:
+  """Raises InputError where a table keeps what an attention kernel does not name."""
+  if not isinstance(decoder.remat, Keep) or decoder.remat.attention == "recompute":
+    return
+  for mixer in dict.fromkeys(block.mixer for block in decoder.spec.blocks):
+    work = work_of(mixer, seq_len, decoder.precision.compute)
+    kernel = choose(decoder.attention, work, decoder.layout).kernel
+    if kernel not in NAMING:
+      raise InputError(
+        f"remat.attention: {decoder.remat.attention!r} cannot be honoured: attention "
+        f"is by {kernel}, which always recomputes. Use 'recompute', or attention= one "
+        f"of {', '.join(NAMING)}."
+      )
 
 
 def compiled(parts: Assembled, options: dict[str, str | bool]) -> Any:

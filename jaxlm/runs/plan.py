@@ -4,17 +4,21 @@ The run's own step is compiled ahead of time for a named target on a machine tha
 none of it; where nothing can be compiled, what is known without a compiler is told.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import jax
 
 from jaxlm.errors import InputError
 from jaxlm.launch import hlo, memory, xla
 from jaxlm.launch import plan as launch
 from jaxlm.launch.chips import Chip
 from jaxlm.models import count
-from jaxlm.models.spec import Remat
+from jaxlm.models.spec import Keep, Remat
 from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
 from jaxlm.runs.decode import Decode
@@ -25,6 +29,8 @@ from jaxlm.sharding.rules import Layout
 
 LIGHTER: tuple[Remat, ...] = ("full", "dots_without_batch", "dots", "none")
 """Remat presets, from the least memory to the fewest operations."""
+Change = tuple[Remat, int]
+"""Remat and micro-batches in place of the run's own."""
 
 
 class Seconds(NamedTuple):
@@ -42,6 +48,26 @@ class Seconds(NamedTuple):
     return max(self.compute, self.hbm, self.links - self.exposed) + self.exposed
 
 
+class Prepared(NamedTuple):
+  """A run on the layout of one target, before anything is compiled."""
+
+  run: Train
+  target: launch.Target
+  parts: Assembled
+  why_not: str | None
+  """Why nothing can be compiled."""
+
+
+class Program(NamedTuple):
+  """What the compiler told of a step; empty where it was not asked."""
+
+  peak: float | None = None
+  """Bytes of a device at the fullest."""
+  costs: hlo.Costs | None = None
+  refusal: str | None = None
+  """What it said instead, where the step is too large for the chip."""
+
+
 class Report(NamedTuple):
   """What a plan found for one target."""
 
@@ -50,21 +76,24 @@ class Report(NamedTuple):
   flops: count.Flops
   """Of a step on one device."""
   predicted: memory.Memory
-  peak: float | None
-  """Bytes a device needs by the compiler; None: nothing was compiled."""
-  costs: hlo.Costs | None
+  program: Program
   seconds: Seconds
   lines: tuple[str, ...]
 
   @property
   def needs(self) -> float:
-    """Bytes of a device: the compiler's where it was asked, else the prediction."""
-    return self.predicted.total if self.peak is None else self.peak
+    """Bytes of a device: the compiler's where it told, else the prediction.
+
+    Of what it refuses they are at least the chip's.
+    """
+    if self.program.refusal is not None:
+      return max(self.predicted.total, self.target.chip.hbm)
+    return self.predicted.total if self.program.peak is None else self.program.peak
 
   @property
   def fits(self) -> bool:
     """Whether the chip has so much memory."""
-    return self.needs <= self.target.chip.hbm
+    return self.program.refusal is None and self.needs <= self.target.chip.hbm
 
 
 def plan(run: Any, text: str) -> list[Report]:
@@ -81,40 +110,77 @@ def plan(run: Any, text: str) -> list[Report]:
   if not isinstance(run, Train):
     raise InputError(f"--plan: {type(run).__name__} has no step to plan.")
   reports = []
-  for target in launch.targets(text):
-    reports.append(report(run, target))
+  for ready in [prepare(run, target) for target in launch.targets(text)]:
+    reports.append(report(ready))
     print("\n".join(reports[-1].lines), end="\n\n", flush=True)
   if len(reports) > 1:
     print(ranking(reports))
   return reports
 
 
-def report(run: Train, target: launch.Target) -> Report:
+def prepare(run: Train, target: launch.Target) -> Prepared:
+  """Returns the run on a target.
+
+  Raises:
+    InputError: the target cannot hold the layout; the message names both.
+  """
+  with _named(target):
+    if target.mesh is not None:
+      mesh = dataclasses.replace(target.mesh, slices=run.mesh.slices)
+      run = dataclasses.replace(run, mesh=mesh)
+    why_not = launch.uncompiled(target)
+    devices = launch.stand_ins(target) if why_not else launch.devices(target)
+    layout = Layout(make_mesh(run.mesh, devices), run.sharding)
+    check_batch(layout, run.data.batch, run.data.seq_len, run.accumulate)
+    return Prepared(run, target, assemble(run, layout), why_not)
+
+
+@contextlib.contextmanager
+def _named(target: launch.Target) -> Iterator[None]:
+  """Names the target in an InputError."""
+  try:
+    yield
+  except InputError as error:
+    flag = f"--plan={target.text}: "
+    raise InputError(flag + str(error).removeprefix(flag)) from None
+
+
+def _compile(ready: Prepared, options: dict[str, str | bool]) -> Program:
+  """Returns what the compiler tells of the step; empty where it cannot be asked."""
+  if ready.why_not is not None:
+    return Program()
+  with _named(ready.target), ready.run.products():
+    try:
+      program = compiled(ready.parts, options)
+    except jax.errors.JaxRuntimeError as error:
+      _, exhausted, said = str(error).partition("RESOURCE_EXHAUSTED: ")
+      if not exhausted:
+        raise
+      return Program(refusal=said.partition("\n")[0])
+  layout = ready.parts.decoder.layout
+  analysis: Any = program.memory_analysis()
+  return Program(
+    float(analysis.peak_memory_in_bytes),
+    hlo.costs(program.as_text() or "", layout.mesh.size),
+  )
+
+
+def report(ready: Prepared) -> Report:
   """Returns the report of one target."""
-  run = run if target.mesh is None else dataclasses.replace(run, mesh=target.mesh)
-  why_not = launch.uncompiled(target)
-  devices = launch.stand_ins(target) if why_not else launch.devices(target)
-  layout = Layout(make_mesh(run.mesh, devices), run.sharding)
-  check_batch(layout, run.data.batch, run.data.seq_len, run.accumulate)
-  parts = assemble(run, layout)
-  options = xla.options(target.chip, run.compiler)
-  peak, costs, lines = None, None, [f"compiled: nothing; {why_not}"]
-  if why_not is None:
-    began = time.perf_counter()
-    with run.products():
-      program = compiled(parts, options)
-    seconds = time.perf_counter() - began
-    costs = hlo.costs(program.as_text() or "", layout.mesh.size)
-    analysis: Any = program.memory_analysis()
-    peak = float(analysis.peak_memory_in_bytes)
-    lines = [f"compiled in {seconds:.0f} s for {target.text}"]
+  run, target, parts, why_not = ready
+  layout, options = parts.decoder.layout, xla.options(target.chip, run.compiler)
+  began = time.perf_counter()
+  program = _compile(ready, options)
+  told = f"compiled in {time.perf_counter() - began:.0f} s for {target.text}"
+  if program.peak is None:
+    told = f"compiled: nothing; {why_not or f'the compiler refuses: {program.refusal}'}"
   predicted = memory.predict(parts.decoder, parts.plan, _work(run, layout))
   tokens = run.data.batch * run.data.seq_len
   whole = count.training_flops(run.model, run.data.seq_len)
   flops = count.Flops(*(f * tokens / layout.mesh.size for f in whole))
   found = Report(
-    target, tokens, flops, predicted, peak, costs,
-    _seconds(run, parts, target.chip, flops, costs), (),
+    target, tokens, flops, predicted, program,
+    _seconds(run, parts, target.chip, flops, program.costs), (),
   )  # fmt: skip
   lines = [
     f"=== plan: {target.text} ===",
@@ -123,9 +189,10 @@ def report(run: Train, target: launch.Target) -> Report:
     summary.describe_attention(parts.decoder, run.data.seq_len)
     + f"\nremat: {run.remat}; micro-batches: {run.accumulate}",
     xla.describe(options),
-    *lines,
+    told,
     *_memory(found),
     *_work_lines(found),
+    *_left_out(run),
     *_advice(run, parts, found),
   ]
   return found._replace(lines=tuple(lines))
@@ -153,8 +220,10 @@ def _seconds(
   # A table of the config's own is taken to recompute as much as "full".
   again = 1.0 if run.remat in LIGHTER[1:] else 4 / 3
   products = costs.matmul_flops if costs else again * (flops.causal - scores)
-  # The kernels' own recomputation of scores in the backward pass is in `again` too.
-  compute = (products + again * scores) / chip.flops
+  # The kernels' own recomputation of scores in the backward pass is in `again` too;
+  # where no kernel ran the products have the scores in them.
+  apart = 0.0 if costs is not None and not costs.kernels else again * scores
+  compute = (products + apart) / chip.flops
   state = memory.held_bytes(parts.plan.shapes, parts.plan.shardings)
   weights = count.parameters(run.model).total * count.BYTES[run.precision.compute]
   weights /= layout.size("mlp")
@@ -174,16 +243,15 @@ def _seconds(
 def _memory(found: Report) -> list[str]:
   told = found.predicted
   lines = ["memory of a chip, GB:"]
-  rows = told._asdict()
-  measured = dict(rows)
-  if found.peak is not None:
-    exact = told.parameters + told.optimizer + told.gradients
-    measured["temporaries"] = found.peak - exact
-  for name, value in rows.items():
-    own = f"{measured[name] / 1e9:9.3f}" if found.peak is not None else "        -"
-    lines.append(f"  {name:12} predicted {value / 1e9:9.3f}   compiled {own}")
-  own = "        -" if found.peak is None else f"{found.peak / 1e9:9.3f}"
-  lines.append(f"  {'peak':12} predicted {told.total / 1e9:9.3f}   compiled {own}")
+  own = dict.fromkeys(told._fields, "-")
+  peak = found.program.peak
+  if peak is not None:
+    # The compiler tells one number; what is exact leaves the rest of it.
+    rest = peak - told.parameters - told.optimizer - told.gradients
+    own |= {"temporaries": f"{rest / 1e9:.3f} (peak less the rows above)"}
+  own["peak"] = "-" if peak is None else f"{peak / 1e9:.3f}"
+  for name, value in (told._asdict() | {"peak": told.total}).items():
+    lines.append(f"  {name:12} predicted {value / 1e9:9.3f}   compiled {own[name]:>9}")
   hbm = found.target.chip.hbm
   verdict = "fits" if found.fits else "DOES NOT FIT"
   lines.append(
@@ -198,7 +266,7 @@ def _work_lines(found: Report) -> list[str]:
     f"a step on a chip: {found.flops.causal / 1e12:,.1f} TFLOP of the model by causal "
     f"half, {found.flops.full / 1e12:,.1f} by full square"
   ]
-  costs = found.costs
+  costs = found.program.costs
   if costs is not None:
     lines.append(
       f"  executed in products: {costs.matmul_flops / 1e12:,.1f} TFLOP (recomputation "
@@ -226,39 +294,74 @@ def _work_lines(found: Report) -> list[str]:
   return lines
 
 
+def _left_out(run: Train) -> list[str]:
+  """Says which traffic with the host the roofline leaves out."""
+  left = ["optimizer state"] if run.moments.memory == "host" else []
+  if isinstance(run.remat, Keep) and run.remat.named("offload"):
+    left.append(f"activations ({', '.join(run.remat.named('offload'))})")
+  if not left:
+    return []
+  return [f"  left out of it: moving {' and '.join(left)} to the host and back"]
+
+
 def _advice(run: Train, parts: Assembled, found: Report) -> list[str]:
   """Names the nearest change that would fit, or run faster, by prediction."""
-  hbm, layout = found.target.chip.hbm, parts.decoder.layout
+  hbm, rows = found.target.chip.hbm, run.data.batch
+  rows //= parts.decoder.layout.size("batch")
   off = found.needs / found.predicted.total
+  if found.program.refusal is not None and found.predicted.total <= hbm:
+    return ["no advice: what the compiler refuses would fit by prediction"]
 
-  def needs(remat: Remat, accumulate: int) -> float:
-    changed = dataclasses.replace(run, remat=remat, accumulate=accumulate)
-    decoder = parts.decoder.clone(remat=remat)
-    return off * memory.predict(decoder, parts.plan, _work(changed, layout)).total
+  def needs(change: Change) -> float:
+    changed, altered = _changed(run, parts, change)
+    work = _work(changed, parts.decoder.layout)
+    return off * memory.predict(altered.decoder, parts.plan, work).total
+
+  def seconds(change: Change) -> float:
+    changed, altered = _changed(run, parts, change)
+    return _seconds(changed, altered, found.target.chip, found.flops, None).step
+
+  def told(change: Change) -> str:
+    return f"remat={change[0]}, accumulate={change[1]} "
 
   at = LIGHTER.index(run.remat) if run.remat in LIGHTER else 1
-  rows = run.data.batch // layout.size("batch")
-  if not found.fits:
-    choices: list[tuple[Remat, int]] = [(r, run.accumulate) for r in LIGHTER[:at][::-1]]
-    choices.extend((LIGHTER[0], n) for n in range(2, rows + 1) if rows % n == 0)
-    for remat, accumulate in choices:
-      if needs(remat, accumulate) <= hbm:
+  if found.fits:
+    parted = [n for n in range(run.accumulate, rows + 1) if rows % n == 0]
+    now = seconds((run.remat, run.accumulate))
+    for change in itertools.product(LIGHTER[:at:-1], parted):
+      if needs(change) <= 0.9 * hbm and seconds(change) < now:
         return [
-          f"nearest change that fits: remat={remat}, accumulate={accumulate} "
-          f"(predicted {needs(remat, accumulate) / 1e9:.1f} GB)"
+          f"nearest change that runs faster: {told(change)}(predicted "
+          f"{needs(change) / 1e9:.1f} GB; by this roofline, nothing compiled, "
+          f"{seconds(change):.3f} s for {now:.3f} s)"
         ]
-    return [
-      "neither remat nor accumulate makes it fit: more chips or more tensor would"
-    ]
-  parted = [n for n in range(run.accumulate, rows + 1) if rows % n == 0]
-  faster: tuple[Remat, ...] = LIGHTER[:at:-1]
-  for remat, accumulate in itertools.product(faster, parted):
-    if needs(remat, accumulate) <= 0.9 * hbm:
-      return [
-        f"nearest change that runs faster: remat={remat}, accumulate={accumulate}; it "
-        f"recomputes less (predicted {needs(remat, accumulate) / 1e9:.1f} GB)"
-      ]
-  return ["nearest change that runs faster: none in remat and accumulate"]
+    return ["nearest change that runs faster: none in remat and accumulate"]
+  choices: list[Change] = [(r, run.accumulate) for r in LIGHTER[:at][::-1]]
+  choices.extend((LIGHTER[0], n) for n in range(2, rows + 1) if rows % n == 0)
+  fitting = (change for change in choices if needs(change) <= hbm)
+  lines = [
+    f"nearest change that fits: {told(change)}(predicted {needs(change) / 1e9:.1f} GB)"
+    for change in itertools.islice(fitting, 1)
+  ]
+  state, placed = parts.plan
+  left = found.needs - memory.held_bytes(state.opt_state, placed.opt_state)
+  if run.moments.memory == "device" and left <= hbm:
+    lines.append(
+      f"moments.memory=host alone fits as well (predicted {left / 1e9:.1f} GB)"
+      if lines
+      else f"nearest change that fits: moments.memory=host (predicted {left / 1e9:.1f} "
+      "GB)"
+    )
+  return lines or [
+    "by prediction none of remat, accumulate and moments.memory makes it fit; more "
+    "chips and other meshes were not tried"
+  ]
+
+
+def _changed(run: Train, parts: Assembled, change: Change) -> tuple[Train, Assembled]:
+  remat, accumulate = change
+  changed = dataclasses.replace(run, remat=remat, accumulate=accumulate)
+  return changed, parts._replace(decoder=parts.decoder.clone(remat=remat))
 
 
 def ranking(reports: list[Report]) -> str:

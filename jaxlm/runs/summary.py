@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from jaxlm.launch.memory import held_bytes
 from jaxlm.models import count, spec
 from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
@@ -11,7 +12,7 @@ from jaxlm.ops.kernels.choice import choose
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training.optimizers import Optimizer
-from jaxlm.training.state import Plan
+from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import match, named_leaves
 
 
@@ -35,13 +36,15 @@ def describe_layout(layout: Layout, plan: Plan) -> str:
   """Returns the lines about devices, and each device's share of the state."""
   device = layout.mesh.devices.flat[0]
   sizes = ", ".join(f"{a} {n}" for a, n in layout.mesh.shape.items() if n > 1)
-  params = bytes_on_a_device(plan.shapes.params, plan.shardings.params)
-  state = bytes_on_a_device(plan.shapes, plan.shardings)
+  params = held_bytes(plan.shapes.params, plan.shardings.params)
+  state = held_bytes(plan.shapes, plan.shardings)
+  kinds = {placed.memory_kind for placed in named_leaves(plan.shardings).values()}
+  apart = "; optimizer state on the host apart" if HOST in kinds else ""
   return (
     f"mesh: {layout.mesh.size} x {device.device_kind} ({sizes or 'one device'}); "
     f"{jax.process_count()} process(es)\n"
     f"  on a device: parameters {params / 1e6:,.1f} MB, whole state "
-    f"{state / 1e6:,.1f} MB"
+    f"{state / 1e6:,.1f} MB{apart}"
   )
 
 
@@ -83,15 +86,6 @@ def describe_attention(decoder: Decoder, seq_len: int) -> str:
     kind = "" if mixer.window is None else f" with a window of {mixer.window}"
     lines.append(f"attention{kind}: {chosen.kernel} ({chosen.reason})")
   return "\n".join(lines)
-
-
-def bytes_on_a_device(shapes: PyTree, shardings: PyTree) -> int:
-  """Returns how many bytes of a tree one device holds."""
-  placed = named_leaves(shardings)
-  return sum(
-    math.prod(placed[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for name, leaf in named_leaves(shapes).items()
-  )
 
 
 def describe_step(compiled, seconds: float) -> str:

@@ -70,8 +70,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
   Raises:
     InputError: another process has it, or it is remote.
   """
-  if "://" in str(workdir):
-    raise InputError(f"--workdir={workdir}: is remote; give a local folder.")
+  files.require_local(workdir, "--workdir")
   workdir.mkdir(parents=True, exist_ok=True)
   if not first():
     yield

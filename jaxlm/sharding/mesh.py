@@ -79,7 +79,8 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.
   """Returns a `jax.sharding.Mesh` over the devices (all of them unless given).
 
   Raises:
-    InputError: the mesh does not fill the devices, or the slices not its data axis.
+    InputError: the mesh does not fill the devices, or the slices not its data axis, or
+      the devices stand in other slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = resolve(mesh, len(devices))
@@ -96,8 +97,20 @@ def make_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.
         inner, devices, allow_split_physical_axes=True
       )
   else:
+    _check_slices(mesh.slices, devices)
     grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
   return jax.sharding.Mesh(grid, tuple(sizes))
+
+
+def _check_slices(slices: int, devices: Sequence[Any]) -> None:
+  """Raises InputError where TPUs stand in another number of slices."""
+  # Of one slice alone devices may not tell.
+  found = len({getattr(device, "slice_index", 0) for device in devices})
+  if found != slices:
+    raise InputError(
+      f"mesh.slices: {slices} slices, and these {len(devices)} devices stand in "
+      f"{found}. Set --config.mesh.slices={found}; a plan is for one slice."
+    )
 
 
 def _over_slices(sizes: dict[str, int], slices: int) -> list[int]:

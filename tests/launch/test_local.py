@@ -1,7 +1,12 @@
 """The supervisor, with programs that need no jax."""
 
+import os
+import signal
+import subprocess
 import sys
 import time
+
+import pytest
 
 from jaxlm.launch import local
 
@@ -42,3 +47,53 @@ def test_a_killed_process_is_named_and_the_others_are_stopped(capsys, monkeypatc
 def test_a_process_that_fails_gives_its_exit_code(capsys):
   assert run("me == 2 and sys.exit(2); time.sleep(0.1)") == 2
   assert capsys.readouterr().err == ""
+
+
+SUPERVISOR = """
+import os
+import signal
+import subprocess
+import sys
+import pytest
+
+from jaxlm.launch import local
+sys.exit(local.run([sys.executable, "-u", "-c", sys.argv[1]], 2, 1))
+"""
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_sigterm_reaches_all_and_none_is_left(heeds):
+  """Children that save and end; and ones that would have slept on."""
+  heed = "signal.signal(15, lambda *_: (print('saved', me), os._exit(0))); "
+  code = HEAD + heed * heeds + "print('up', os.getpid(), flush=True); time.sleep(60)"
+  child = subprocess.Popen(
+    [sys.executable, "-c", SUPERVISOR, code], stdout=subprocess.PIPE, text=True
+  )
+  lines = [child.stdout.readline() for _ in range(2)]
+  pids = [int(line.split()[-1]) for line in lines]
+  child.send_signal(signal.SIGTERM)
+  said, _ = child.communicate(timeout=20)
+  assert child.returncode == (0 if heeds else 75)
+  assert said.count("saved") == 2 * heeds
+  for pid in pids:
+    with pytest.raises(ProcessLookupError):
+      os.kill(pid, 0)
+
+
+def test_its_own_flags_are_split_from_the_rest():
+  words = ["--processes", "3", "--config=x", "--devices=2", "--plan=y"]
+  sizes, rest = local.split(words)
+  assert sizes == {"processes": 3, "devices": 2}
+  assert rest == ["--config=x", "--plan=y"]
+
+
+@pytest.mark.parametrize(
+  "words", [["--processes=0"], ["--processes", "x"], ["--devices"]]
+)
+def test_a_count_that_is_none_is_refused_by_name(words, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["jaxlm-local", "--config=x", *words])
+  with pytest.raises(SystemExit) as ended:
+    local.main()
+  assert ended.value.code == 2
+  name = words[0].partition("=")[0]
+  assert f"error: {name}: " in capsys.readouterr().err

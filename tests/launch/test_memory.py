@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.launch import memory
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
+from jaxlm.models.spec import GLU, GQA, LM, Block, Keep, Precision
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
@@ -70,3 +70,18 @@ def test_less_recomputation_takes_more():
   ]
   assert kept == sorted(kept)
   assert kept[0] == 128 * ROWS * LENGTH * 4
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "output", "sandwich"])
+def test_what_a_norm_follows_is_kept(placement):
+  """The MLP's update is kept where a norm needs it, and only there."""
+  layout = Layout(make_mesh(Mesh(), jax.devices()[:1]))
+  block = dataclasses.replace(BLOCK, placement=placement)
+  model = dataclasses.replace(MODEL, pattern=(block,))
+  work = memory.Work(ROWS, LENGTH, CHUNK)
+  kept = [
+    memory.kept(Decoder(model, Precision(), layout, remat), work)
+    for remat in (Keep(), Keep(down="save"))
+  ]
+  more = 0 if placement == "pre" else 128 * ROWS * LENGTH * 4
+  assert kept[1] - kept[0] == more

@@ -28,6 +28,9 @@ BAD = {
   "tpu:4x4": "no chip 'tpu'",
   "v5p:4x4x4@rows=3": "'rows=3' is no AXIS=SIZE",
   "v5p:4x4x4@fsdp": "'fsdp' is no AXIS=SIZE",
+  "v5p:4x4x4@fdsp=2": "expert, context, tensor. Did you mean 'fsdp'?",
+  "v5p:4x4x4@": "'' is no AXIS=SIZE",
+  "v5p:4x4x4@fsdp=2,fsdp=4": "fsdp is given twice",
 }
 
 

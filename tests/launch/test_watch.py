@@ -1,5 +1,6 @@
 """Signs of life, with real processes that do nothing else."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from jaxlm.launch import watch
 from jaxlm.launch.watch import EXIT, Watch
 
 PROGRAM = """
@@ -73,3 +75,46 @@ def test_one_that_ends_as_it_should_is_not_missed(start):
 def test_waiting_for_a_loss_ends_without_one(tmp_path):
   alone = Watch(tmp_path / "x", 0, 1)
   assert alone.wait(0.3) is None
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
+  alone = Watch(tmp_path / "x" / "1", 0, 1)
+  alone.start()
+  shutil.rmtree(tmp_path / "x")
+  end = time.monotonic() + 10
+  while not (tmp_path / "x" / "1" / "0").exists() and time.monotonic() < end:
+    time.sleep(0.02)
+  alone.stop()
+  assert (tmp_path / "x" / "1" / "0").read_text().startswith("done")
+
+
+def test_what_cannot_be_read_is_no_new_sign_and_told_once(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(watch, "LOST_SECONDS", 0.1)
+  first = Watch(tmp_path, 0, 2)
+  (tmp_path / "1").write_text("7.123 there")
+  assert first.lost() is None
+  (tmp_path / "1").unlink()
+  (tmp_path / "1").mkdir()  # to read it is an OSError
+  assert first.lost() is None
+  time.sleep(0.2)
+  assert "process 1 on there gave no sign" in str(first.lost())
+  assert capsys.readouterr().err.count("signs of life cannot be") == 1
+
+
+def test_what_cannot_be_written_ends_no_run_and_accuses_nobody(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
+  monkeypatch.setattr(watch, "LOST_SECONDS", 0.1)
+  monkeypatch.setattr(watch, "give_up", lambda *told: accused.append(told))
+  accused = []
+  (tmp_path / "file").write_text("")
+  first = Watch(tmp_path / "file" / "x", 0, 2)
+  first.start()
+  time.sleep(0.4)
+  first.stop()
+  assert not accused
+  assert capsys.readouterr().err.count("signs of life cannot be") == 1

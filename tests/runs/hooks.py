@@ -107,13 +107,11 @@ def hooked(record, kill=None, hold=None, term=None, process=0):
     return all_hashes(folder)
 
   stores = []
-  compile_step, store_class = train.compile_step, train.Store
+  compiled, store_class = train.compiled, train.Store
   all_hashes = checkpoints._hashes
   with (
     mock.patch.object(assembled, "next_token", noisy),
-    mock.patch.object(
-      train, "compile_step", lambda *args: Recorded(compile_step(*args))
-    ),
+    mock.patch.object(train, "compiled", lambda *args: Recorded(compiled(*args))),
     mock.patch.object(train, "Store", make_store),
     mock.patch.object(checkpoints, "_hashes", hashes),
   ):

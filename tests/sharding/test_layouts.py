@@ -15,9 +15,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlm.launch.memory import held_bytes
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import GLU, GQA, LM, Block, Keep, Precision, Remat
-from jaxlm.runs.summary import bytes_on_a_device
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout, ShardingRules
@@ -219,10 +219,10 @@ def test_shared_moments_are_split_over_the_replicas():
     for moments in (Moments(), Moments(sharding=ZERO))
   ]
   whole, split = (
-    bytes_on_a_device(plan.shapes.opt_state, plan.shardings.opt_state) for plan in plans
+    held_bytes(plan.shapes.opt_state, plan.shardings.opt_state) for plan in plans
   )
   assert split < whole / 7
-  held = [bytes_on_a_device(p.shapes.params, p.shardings.params) for p in plans]
+  held = [held_bytes(p.shapes.params, p.shardings.params) for p in plans]
   assert held[0] == held[1]
 
 

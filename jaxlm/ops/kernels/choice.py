@@ -19,6 +19,9 @@ Kernel = Literal["auto", "reference", "blocks", "splash", "cudnn"]
 """auto: the fastest that can; reference: scores whole, for tests and short sequences;
 blocks: in XLA, a block of scores at a time; splash: TPU; cudnn: GPU."""
 
+NAMING = ("blocks", "splash")
+"""The kernels whose remainder for the backward pass has the name `KEPT`; the others
+recompute it whatever a remat policy says."""
 WHOLE = 8192
 """Longest sequence whose scores or mask may stand whole, T x T."""
 
