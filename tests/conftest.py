@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import jaxtyping
+import pytest
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache/jax"
 # Small programs spend their time in the compiler; unoptimized code is made in half of
@@ -24,3 +25,16 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
 # Every call in these rooms has its shapes and dtypes checked against the signatures.
 jaxtyping.install_import_hook(["jaxlm.ops", "jaxlm.models"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+  """Lets go of a module's programs: they hold memory maps, and Linux gives 65,530.
+
+  A process that wants one more is aborted in the compiler.
+  """
+  yield
+  # Not at the top: jax reads the settings above when it is imported.
+  import jax
+
+  jax.clear_caches()

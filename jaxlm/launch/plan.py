@@ -8,19 +8,24 @@ Several are separated by blanks and ranked. Compiling for a TPU needs libtpu, th
 `plan`, and no TPU.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import math
 import os
 import re
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxlm.errors import InputError, nearest
+from jaxlm.launch import hlo
 from jaxlm.launch.chips import Chip, chip_named
-from jaxlm.sharding.mesh import AXES, Mesh
+from jaxlm.sharding.mesh import AXES, Mesh, make_mesh
+from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training.state import HOST
 
 
@@ -171,3 +176,61 @@ def stand_ins(target: Target) -> list[Any]:
     )
     for i, place in enumerate(places)
   ]
+
+
+class Program(NamedTuple):
+  """What the compiler told of a step; empty where it was not asked."""
+
+  peak: float | None = None
+  """Bytes of a device at the fullest."""
+  costs: hlo.Costs | None = None
+  refusal: str | None = None
+  """What it said instead, where the step is too large for the chip."""
+
+
+def ask(compile_it: Callable[[], Any], devices: int) -> Program:
+  """Returns what the compiler tells of a program, or why it refuses to fit it."""
+  try:
+    with warnings.catch_warnings():
+      # A program for devices that are not here is kept by the compile cache and cannot
+      # be read back: it is compiled again.
+      warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+      program = compile_it()
+  except jax.errors.JaxRuntimeError as error:
+    _, exhausted, said = str(error).partition("RESOURCE_EXHAUSTED: ")
+    if not exhausted:
+      raise
+    return Program(refusal=said.partition("\n")[0])
+  analysis: Any = program.memory_analysis()
+  peak = float(analysis.peak_memory_in_bytes)
+  return Program(peak, hlo.costs(program.as_text() or "", devices))
+
+
+def mesh_on(target: Target, mesh: Mesh) -> Mesh:
+  """Returns the target's own mesh with a config's slices, or the config's."""
+  if target.mesh is None:
+    return mesh
+  return dataclasses.replace(target.mesh, slices=mesh.slices)
+
+
+def arrange(
+  target: Target, mesh: Mesh, rules: ShardingRules
+) -> tuple[Layout, str | None]:
+  """Returns the layout on a target's devices, and why nothing can be compiled there.
+
+  Raises:
+    InputError: the target cannot hold the mesh.
+  """
+  why_not = uncompiled(target)
+  on = stand_ins(target) if why_not else devices(target)
+  return Layout(make_mesh(mesh, on), rules), why_not
+
+
+@contextlib.contextmanager
+def named(target: Target) -> Iterator[None]:
+  """Names the target in an InputError."""
+  try:
+    yield
+  except InputError as error:
+    flag = f"--plan={target.text}: "
+    raise InputError(flag + str(error).removeprefix(flag)) from None

@@ -87,23 +87,31 @@ class Decode:
 
   def plan(self, text: str) -> None:
     """Prints for each target of --plan what a step needs and could reach."""
+    ready = []
     for target in launch.targets(text):
-      why_not = launch.uncompiled(target)
-      devices = launch.stand_ins(target) if why_not else launch.devices(target)
-      layout = Layout(make_mesh(target.mesh or self.mesh, devices), self.sharding)
-      step, costs = self._step(layout), None
+      with launch.named(target):
+        mesh = launch.mesh_on(target, self.mesh)
+        layout, why_not = launch.arrange(target, mesh, self.sharding)
+        ready.append((target, layout, why_not, self._step(layout)))
+    for target, layout, why_not, step in ready:
       print(f"=== plan of a decoding step: {target.text} ===\n{self._told(layout)}")
+      program, began = launch.Program(), time.perf_counter()
       told = f"compiled: nothing; {why_not}"
       if why_not is None:
-        began = time.perf_counter()
-        program = self._compiled(step, xla.options(target.chip, self.compiler))
-        costs = hlo.costs(program.as_text() or "", layout.mesh.size)
-        peak = program.memory_analysis().peak_memory_in_bytes
+        program = self._ask(target, layout, step)
+        told = f"compiled: nothing; the compiler refuses: {program.refusal}"
+      if program.peak is not None:
         told = (
-          f"compiled in {time.perf_counter() - began:.0f} s; peak {peak / 1e9:.3f} GB "
-          f"of {target.chip.hbm / 1e9:.1f} GB a chip"
+          f"compiled in {time.perf_counter() - began:.0f} s; peak "
+          f"{program.peak / 1e9:.3f} GB of {target.chip.hbm / 1e9:.1f} GB a chip"
         )
-      print(f"{told}\n{self._roofline(layout, step, target.chip, costs)}", flush=True)
+      found = self._roofline(layout, step, target.chip, program.costs)
+      print(f"{told}\n{found}", flush=True)
+
+  def _ask(self, target: launch.Target, layout: Layout, step: Step) -> launch.Program:
+    options = xla.options(target.chip, self.compiler)
+    with launch.named(target):
+      return launch.ask(lambda: self._compiled(step, options), layout.mesh.size)
 
   def _told(self, layout: Layout) -> str:
     sizes = {axis: n for axis, n in layout.mesh.shape.items() if n > 1}

@@ -4,14 +4,10 @@ The run's own step is compiled ahead of time for a named target on a machine tha
 none of it; where nothing can be compiled, what is known without a compiler is told.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import jax
 
 from jaxlm.errors import InputError
 from jaxlm.launch import hlo, memory, xla
@@ -23,7 +19,6 @@ from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
 from jaxlm.runs.decode import Decode
 from jaxlm.runs.train import Train
-from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.placement import check_batch
 from jaxlm.sharding.rules import Layout
 
@@ -58,16 +53,6 @@ class Prepared(NamedTuple):
   """Why nothing can be compiled."""
 
 
-class Program(NamedTuple):
-  """What the compiler told of a step; empty where it was not asked."""
-
-  peak: float | None = None
-  """Bytes of a device at the fullest."""
-  costs: hlo.Costs | None = None
-  refusal: str | None = None
-  """What it said instead, where the step is too large for the chip."""
-
-
 class Report(NamedTuple):
   """What a plan found for one target."""
 
@@ -76,7 +61,7 @@ class Report(NamedTuple):
   flops: count.Flops
   """Of a step on one device."""
   predicted: memory.Memory
-  program: Program
+  program: launch.Program
   seconds: Seconds
   lines: tuple[str, ...]
 
@@ -124,45 +109,21 @@ def prepare(run: Train, target: launch.Target) -> Prepared:
   Raises:
     InputError: the target cannot hold the layout; the message names both.
   """
-  with _named(target):
-    if target.mesh is not None:
-      mesh = dataclasses.replace(target.mesh, slices=run.mesh.slices)
-      run = dataclasses.replace(run, mesh=mesh)
-    why_not = launch.uncompiled(target)
-    devices = launch.stand_ins(target) if why_not else launch.devices(target)
-    layout = Layout(make_mesh(run.mesh, devices), run.sharding)
+  with launch.named(target):
+    run = dataclasses.replace(run, mesh=launch.mesh_on(target, run.mesh))
+    layout, why_not = launch.arrange(target, run.mesh, run.sharding)
     check_batch(layout, run.data.batch, run.data.seq_len, run.accumulate)
     return Prepared(run, target, assemble(run, layout), why_not)
 
 
-@contextlib.contextmanager
-def _named(target: launch.Target) -> Iterator[None]:
-  """Names the target in an InputError."""
-  try:
-    yield
-  except InputError as error:
-    flag = f"--plan={target.text}: "
-    raise InputError(flag + str(error).removeprefix(flag)) from None
-
-
-def _compile(ready: Prepared, options: dict[str, str | bool]) -> Program:
+def _compile(ready: Prepared, options: dict[str, str | bool]) -> launch.Program:
   """Returns what the compiler tells of the step; empty where it cannot be asked."""
   if ready.why_not is not None:
-    return Program()
-  with _named(ready.target), ready.run.products():
-    try:
-      program = compiled(ready.parts, options)
-    except jax.errors.JaxRuntimeError as error:
-      _, exhausted, said = str(error).partition("RESOURCE_EXHAUSTED: ")
-      if not exhausted:
-        raise
-      return Program(refusal=said.partition("\n")[0])
-  layout = ready.parts.decoder.layout
-  analysis: Any = program.memory_analysis()
-  return Program(
-    float(analysis.peak_memory_in_bytes),
-    hlo.costs(program.as_text() or "", layout.mesh.size),
-  )
+    return launch.Program()
+  with launch.named(ready.target), ready.run.products():
+    return launch.ask(
+      lambda: compiled(ready.parts, options), ready.parts.decoder.layout.mesh.size
+    )
 
 
 def report(ready: Prepared) -> Report:

@@ -38,7 +38,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "activation"), CASES, ids=lambda case: str(case)[:40])
+def _named(case) -> str:
+  """Names a case alike in every process."""
+  return case.__name__ if callable(case) else str(case)[:40]
+
+
+@pytest.mark.parametrize(("spec", "activation"), CASES, ids=_named)
 def test_an_mlp_by_its_formula(spec, activation):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 3, 8))

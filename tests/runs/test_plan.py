@@ -202,7 +202,7 @@ def test_another_failure_of_the_compiler_is_not_hidden(monkeypatch):
 def test_the_compiler_s_column_tells_no_predictions():
   (target,) = plan.launch.targets("h100:16")
   found = report_of(config.load(LLAMA), target)
-  told = found._replace(program=plan.Program(peak=found.predicted.total + 1e9))
+  told = found._replace(program=plan.launch.Program(peak=found.predicted.total + 1e9))
   rows = {
     line.split()[0]: line.split("compiled")[1] for line in plan._memory(told)[1:6]
   }
