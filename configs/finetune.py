@@ -11,12 +11,13 @@ by default the plays that ship with jaxlm. What the model scores on held-out tex
 shown before the first step and after.
 """
 
-from jaxlm.data.corpus import Data, Weighted
 from jaxlm.data.pretrained import Pretrained
 from jaxlm.data.sources import Jsonl
+from jaxlm.data.spec import Data, Weighted
 from jaxlm.interop.checkpoint import open_model
 from jaxlm.models.spec import Precision, for_length
-from jaxlm.runs.train import Samples, Train
+from jaxlm.runs.samples import Samples
+from jaxlm.runs.train import Train
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.optimizers import AdamW
 from jaxlm.training.schedules import WarmupCosine

@@ -19,12 +19,13 @@ trained on a pod yet. By the plan (experiments/plan/, libtpu 0.0.42.1):
 
 from typing import Literal
 
-from jaxlm.data.corpus import Data, Weighted
 from jaxlm.data.sources import Jsonl
+from jaxlm.data.spec import Data, Weighted
 from jaxlm.data.tokenizers import SentencePiece
 from jaxlm.models.families.llama import Size, llama
 from jaxlm.models.spec import Precision
-from jaxlm.runs.train import Samples, Train
+from jaxlm.runs.samples import Samples
+from jaxlm.runs.train import Train
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.optimizers import AdamW
 from jaxlm.training.schedules import WarmupCosine

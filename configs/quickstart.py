@@ -8,13 +8,14 @@ scenes `xz -9` reaches 2.397 bits per byte and a Kneser-Ney 5-gram model of byte
 AMD EPYC: 1.903 in 3 min 7 s, the making of the Python environment included.
 """
 
-from jaxlm.data.corpus import Data, Weighted
 from jaxlm.data.sources import Jsonl
+from jaxlm.data.spec import Data, Weighted
 from jaxlm.data.tokenizers import SentencePiece
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
 from jaxlm.models.spec import GLU, GQA, LM, Block
-from jaxlm.runs.train import Samples, Train
+from jaxlm.runs.samples import Samples
+from jaxlm.runs.train import Train
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.optimizers import Muon
 from jaxlm.training.schedules import WarmupCosine

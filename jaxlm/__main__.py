@@ -5,6 +5,7 @@ jaxlm --config=configs/llama3.py:size=8b,seq_len=4096 --workdir=/tmp/run
 """
 
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from absl import app, flags, logging
 
 from jaxlm import config
 from jaxlm.errors import InputError
+from jaxlm.launch.threads import room_to_wait
 
 _CONFIG = flags.DEFINE_string(
   "config",
@@ -119,6 +121,7 @@ def main() -> None:
     else:
       _start(cfg)
 
+  os.environ.update(room_to_wait(dict(os.environ)))
   try:
     app.run(run, flags_parser=parse)
   except InputError as error:

@@ -11,6 +11,7 @@ Arrays of rank two and up carry their dimensions as a suffix: `q_BTHK`.
   N  tokens of a batch, B T; new tokens, or ranks, of a row
   C  tokens of a chunk
   M  micro-batches of a step
+  U  examples (pairs, labelled completions) that share a row
 """
 
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree

@@ -4,17 +4,12 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxlm import config, explain
-from jaxlm.models.decoder import Decoder
+from jaxlm.runs.assembled import assemble
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout
-from jaxlm.training import optimizers
-from jaxlm.training.objective import next_token
-from jaxlm.training.state import axes_of, create
-from jaxlm.training.step import make_step
 
 FILES = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.py"))
 MODEL = Path(__file__).with_name("goldens") / "checkpoints/llama"
@@ -24,10 +19,14 @@ ARGUMENTS = {
   "convert": f"source={MODEL},target=x",
   "finetune": f"model={MODEL}",
   "generate": f"model={MODEL},prompts=x.txt,out=x.jsonl",
+  "score": f"model={MODEL},data=x.jsonl,out=y.jsonl",
+  "sft": f"model={MODEL}",
+  "dpo": f"model={MODEL},method=mpo",
+  "kto": f"model={MODEL}",
+  "reward_model": f"model={MODEL}",
 }
-TRAINED = [
-  file for file in FILES if file.stem not in ("chat", "convert", "decode", "generate")
-]
+UNTRAINED = ("chat", "convert", "decode", "generate", "score")
+TRAINED = [file for file in FILES if file.stem not in UNTRAINED]
 CONFIGS = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -86,21 +85,10 @@ def test_state_and_step_have_the_right_shapes(file):
   """Abstract values alone, on a mesh of one device."""
   cfg = load(file)
   layout = Layout(make_mesh(Mesh(), jax.devices()[:1]), cfg.sharding)
-  decoder = Decoder(cfg.model, cfg.precision, layout, cfg.remat)
-  optimizer = optimizers.build(cfg.optimizer, cfg.steps, axes_of(decoder))
-  shape = (cfg.data.batch, cfg.data.seq_len)
-  ints = ("tokens", "targets", "segments", "positions")
-  batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
-  batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  step = make_step(
-    next_token(cfg.objective, decoder),
-    optimizer,
-    micro_batches=cfg.accumulate,
-    ema_decay=cfg.ema,
-  )
   with jax.numpy_dtype_promotion("standard"):
-    plan, _ = create(decoder, optimizer.transform, cfg.seed, ema=cfg.ema is not None)
-    after, metrics = jax.eval_shape(step, plan.shapes, batch)
+    parts = assemble(cfg, layout)
+    plan = parts.plan
+    after, metrics = jax.eval_shape(parts.step, plan.shapes, parts.batch)
   facts = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
   assert facts(after) == facts(plan.shapes)
   assert {"loss", "grad_norm", "lr"} <= metrics.keys()

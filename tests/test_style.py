@@ -48,7 +48,7 @@ FAMILIES = (
 # A family may lend its name to what it published, in the vocabulary and its readers.
 LENT = {"Llama3Scaling", "_llama3", "llama"}
 LENDERS = {"models/spec.py", "models/positions.py"}
-OWNERS = ("models/families/", "interop/")
+OWNERS = ("models/families/", "interop/", "data/templates.py")
 A_CONFIG = re.compile(r"configs/\w+\.py")
 
 

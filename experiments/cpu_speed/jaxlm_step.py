@@ -13,7 +13,7 @@ from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import NextToken, next_token
+from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
 from jaxlm.training.state import axes_of, create
 from jaxlm.training.step import compile_step, make_step
@@ -35,7 +35,7 @@ def main() -> None:
   spec = optimizers.AdamW(lr=Constant(peak=1e-4))
   optimizer = optimizers.build(spec, args.steps, axes_of(decoder))
   plan, first_state = create(decoder, optimizer.transform, 0, ema=False)
-  step = make_step(next_token(NextToken(), decoder), optimizer)
+  step = make_step(Task(next_token(NextToken(), decoder)), optimizer)
 
   tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
   positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))

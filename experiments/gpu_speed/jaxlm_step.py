@@ -20,7 +20,7 @@ from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import NextToken, next_token
+from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
 from jaxlm.training.state import axes_of, create
 from jaxlm.training.step import compile_step, make_step
@@ -54,7 +54,7 @@ def main() -> None:
     optimizers.AdamW(lr=Constant(peak=1e-4)), args.steps, axes_of(decoder)
   )
   plan, first_state = create(decoder, optimizer.transform, 0, ema=False)
-  step = make_step(next_token(NextToken(), decoder), optimizer)
+  step = make_step(Task(next_token(NextToken(), decoder)), optimizer)
 
   shape = (rows, length)
   tokens = np.random.default_rng(0).integers(

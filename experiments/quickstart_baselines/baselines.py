@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from jaxlm import config
-from jaxlm.data.corpus import documents
+from jaxlm.data.examples import documents
 
 BEGIN, END, SYMBOLS = 256, 257, 258
 BITS = 9

@@ -1,24 +1,19 @@
-"""Chats to text and ids by a model's own template, with nobody's words as commands.
+"""Chats to text and ids by a template, with nobody's words as commands.
 
-Templates are Jinja as Hugging Face's `transformers` runs it: published templates lean
-on its options, filters and functions. Control tokens come from the template alone. In
+Control tokens come from the template alone. In
 a message their texts are letters, so no user can end a turn or speak as the system.
 """
 
 import dataclasses
-import datetime
 import functools
-import json
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
+from jaxlm.data import templates
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import InputError
 
@@ -30,16 +25,6 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 # Letters that hardly any text has: candidates for what stands for others.
 _PRIVATE = range(0xF0000, 0xFFFFE)
-# What a template's own mistakes raise.
-_FAILURES = (
-  jinja2.TemplateError,
-  TypeError,
-  ValueError,
-  LookupError,
-  AttributeError,
-  ArithmeticError,
-  RecursionError,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +65,7 @@ def render(
   """
   roles = ", ".join(message.role for message in messages) or "none"
   try:
-    return _compiled(template).render(
+    return templates.compiled(template).render(
       {"tools": None, "documents": None}
       | {"bos_token": bos, "eos_token": eos, "add_generation_prompt": then == "reply"}
       | {"messages": [dataclasses.asdict(message) for message in messages]}
@@ -91,10 +76,19 @@ def render(
       f"chat_template, line {error.lineno}: {error.message}. It must be a Jinja "
       "template."
     ) from error
-  except _FAILURES as error:
+  except templates.FAILURES as error:
     raise InputError(
-      f"chat_template, line {_line(error)}: {error} (roles given: {roles})."
+      f"chat_template, line {templates.line(error)}: {error} (roles given: {roles})."
     ) from error
+
+
+class Turns(NamedTuple):
+  """A chat's ids, and which of them a model is to learn to write."""
+
+  ids: list[int]
+  """The ids, [tokens]."""
+  supervised: list[bool]
+  """Whether each is to be written by the model, [tokens]."""
 
 
 def encode_chat(
@@ -120,42 +114,169 @@ def encode_chat(
   Raises:
     InputError: there is no template, or what `render` raises.
   """
-  template = tokenizer.chat_template if template is None else template
-  if template is None:
-    raise InputError(
-      "chat_template: the tokenizer has none. Give template=..., or put "
-      "chat_template.jinja into the tokenizer's folder."
-    )
-  given = dict(variables or {})
-  said = [message.content for message in messages]
-  masks = _Masks(tokenizer.specials, _texts([template, given, said]))
-  hidden = [
-    dataclasses.replace(message, content=masks.hide_turn(message.content))
-    for message in messages
-  ]
-  text = render(
-    template,
-    hidden,
-    then=then,
-    bos=tokenizer.bos_token,
-    eos=tokenizer.eos_token,
-    variables=masks.hide_in(given),
-  )
+  chat = _Masked(tokenizer, messages, template, variables)
+  text = chat.render(len(messages), then)
   return tokenizer.encode_parts(
     [
-      part if isinstance(part, int) else masks.show(part)
+      part if isinstance(part, int) else chat.show(part)
       for part in split(text, tokenizer.specials)
     ]
   )
 
 
+def encode_turns(
+  tokenizer: Tokenizer,
+  messages: Sequence[Message],
+  *,
+  supervised: Collection[Role] = ("assistant",),
+  start: int = 0,
+  template: str | None = None,
+  variables: Mapping[str, Any] | None = None,
+) -> Turns:
+  """Returns the ids of a whole chat, and which of them belong to supervised messages.
+
+  Of an assistant's message that is what the template writes after the beginning of its
+  reply, the token that ends the turn included; of another message all that the template
+  writes for it, and of the first one what stands before it too. Spaces behind the last
+  control token of a message are not supervised. No token reaches over the border of
+  what is supervised, as none does in a reply that a model writes; otherwise the ids are
+  those of `encode_chat` with `then="end"`.
+
+  Args:
+    tokenizer: as in `encode_chat`.
+    messages: the turns.
+    supervised: the roles whose messages are supervised.
+    start: messages before this one are not supervised.
+    template: as in `encode_chat`.
+    variables: as in `render`.
+
+  Raises:
+    InputError: what `encode_chat` raises; or the chat up to a supervised message, as
+      the template writes it, is not how the whole chat begins.
+  """
+  chat = _Masked(tokenizer, messages, template, variables)
+  whole = chat.render(len(messages), "end")
+  pieces = list(_cut(whole, tokenizer.specials))
+  spans = [
+    _without_spaces(whole, pieces, chat.span(whole, number))
+    for number, message in enumerate(messages)
+    if number >= start and message.role in supervised
+  ]
+  parts: list[str | int] = []
+  flags: list[bool] = []
+  for first, stop, index in pieces:
+    edges = {edge for span in spans for edge in span if first < edge < stop}
+    borders = sorted({first, stop, *(edges if index is None else ())})
+    for begin, end in itertools.pairwise(borders):
+      parts.append(chat.show(whole[begin:end]) if index is None else index)
+      flags.append(any(after < end <= until for after, until in spans))
+  found = tokenizer.encode_each(parts)
+  return Turns(
+    list(itertools.chain.from_iterable(found)),
+    [flag for ids, flag in zip(found, flags, strict=True) for _ in ids],
+  )
+
+
+def _without_spaces(
+  whole: str, pieces: Sequence[tuple[int, int, int | None]], span: tuple[int, int]
+) -> tuple[int, int]:
+  """Returns a span of a text without the spaces behind its last control token."""
+  first, stop = span
+  for begin, end, index in reversed(pieces):
+    if index is not None and first <= begin and end <= stop:
+      return (first, stop if whole[end:stop].strip() else end)
+  return span
+
+
 def split(text: str, specials: Mapping[str, int]) -> Iterator[str | int]:
   """Yields a text in parts: control tokens by their ids, the words between them."""
+  for first, stop, index in _cut(text, specials):
+    yield text[first:stop] if index is None else index
+
+
+def _cut(
+  text: str, specials: Mapping[str, int]
+) -> Iterator[tuple[int, int, int | None]]:
+  """Yields first letter, stop and id of a text's parts; words have no id."""
   longest_first = sorted(specials, key=len, reverse=True)
   pattern = "|".join(map(re.escape, longest_first))
+  stop = 0
   for part in re.split(f"({pattern})", text) if pattern else [text]:
     if part:
-      yield specials.get(part, part)
+      first, stop = stop, stop + len(part)
+      yield first, stop, specials.get(part)
+
+
+class _Masked:
+  """A chat whose messages make no control token, however much of it is rendered."""
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str | None,
+    variables: Mapping[str, Any] | None,
+  ):
+    """Raises InputError where there is no template."""
+    template = tokenizer.chat_template if template is None else template
+    if template is None:
+      raise InputError(
+        "chat_template: the tokenizer has none. Give template=..., or put "
+        "chat_template.jinja into the tokenizer's folder."
+      )
+    given = dict(variables or {})
+    said = [message.content for message in messages]
+    self._masks = _Masks(tokenizer.specials, _texts([template, given, said]))
+    self._messages = [
+      dataclasses.replace(message, content=self._masks.hide_turn(message.content))
+      for message in messages
+    ]
+    self._render = functools.partial(
+      render,
+      template,
+      bos=tokenizer.bos_token,
+      eos=tokenizer.eos_token,
+      variables=self._masks.hide_in(given),
+    )
+
+  def render(self, count: int, then: Then) -> str:
+    """Returns the text of the first messages, with letters that stand for others."""
+    return self._render(self._messages[:count], then=then)
+
+  def show(self, text: str) -> str:
+    """Returns a text with the originals in their places."""
+    return self._masks.show(text)
+
+  def span(self, whole: str, number: int) -> tuple[int, int]:
+    """Returns the first letter and the stop of what is written for a message."""
+    first = 0
+    if self._messages[number].role == "assistant":
+      first = self._prefix(whole, number, number, "reply")
+    elif number:
+      first = self._prefix(whole, number, number, "end")
+    return first, max(first, self._prefix(whole, number, number + 1, "end"))
+
+  def _prefix(self, whole: str, number: int, count: int, then: Then) -> int:
+    """Returns the length of the text of the first messages; `whole` begins with it."""
+    try:
+      text = self.render(count, then)
+    except InputError as error:
+      raise InputError(
+        f"messages.{number}: the template refuses the first {count} of "
+        f"{len(self._messages)} messages: {error}"
+      ) from error
+    if whole.startswith(text):
+      return len(text)
+    pairs = enumerate(zip(whole, text, strict=False))
+    same = next((at for at, (a, b) in pairs if a != b), min(len(whole), len(text)))
+    raise InputError(
+      f"messages.{number} ({self._messages[number].role}): the template rewrites "
+      f"earlier turns: {self._masks.show(text[same:])[:40]!r} of the first "
+      f"{count} messages, alone, is "
+      f"{self._masks.show(whole[same:])[:40]!r} in the whole chat of "
+      f"{len(self._messages)}. Split the chat so that its last reply alone is "
+      "supervised, or give another template."
+    )
 
 
 class _Masks:
@@ -226,60 +347,3 @@ def _texts(value: Any) -> Iterator[str]:
     inside = value.items() if isinstance(value, Mapping) else value
     for item in inside:
       yield from _texts(item)
-
-
-class _Generation(jinja2.ext.Extension):
-  """Lets a template say what the model writes; that changes nothing in the text."""
-
-  tags = {"generation"}
-
-  def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-    """Returns what stands between the tags."""
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _refuse(message: str) -> None:
-  raise jinja2.TemplateError(message)
-
-
-def _json(
-  value: Any,
-  ensure_ascii: bool = False,
-  indent: int | None = None,
-  separators: tuple[str, str] | None = None,
-  sort_keys: bool = False,
-) -> str:
-  """Returns JSON; Jinja's own filter would escape it for HTML."""
-  return json.dumps(
-    value,
-    ensure_ascii=ensure_ascii,
-    indent=indent,
-    separators=separators,
-    sort_keys=sort_keys,
-  )
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[jinja2.ext.loopcontrols, _Generation],
-  )
-  environment.filters["tojson"] = _json
-  environment.globals["raise_exception"] = _refuse
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-    form
-  )
-  return environment.from_string(template)
-
-
-def _line(error: BaseException) -> int:
-  """Returns the line of the template that an error came from; 0: not known."""
-  line, trace = 0, error.__traceback__
-  while trace is not None:
-    if trace.tb_frame.f_code.co_filename == "<template>":
-      line = trace.tb_lineno
-    trace = trace.tb_next
-  return line

@@ -9,11 +9,9 @@ import dataclasses
 import errno
 import heapq
 import json
-import math
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,80 +21,28 @@ import xxhash
 from etils import epath
 
 from jaxlm import files
-from jaxlm.data import pretrained, report, rows, sentencepieces, sources, tokenizers
+from jaxlm.data import (
+  conversations,
+  pretrained,
+  report,
+  rows,
+  sentencepieces,
+  sources,
+  tokenizers,
+)
+from jaxlm.data.examples import digest, documents, size_of, text_fields, unit_fields
 from jaxlm.data.pretrained import Pretrained
 from jaxlm.data.sentencepieces import SentencePiece
+from jaxlm.data.spec import Data, Source
 from jaxlm.errors import InputError
 
 # Written into every cache's name: raise it when the same input gives other rows.
-FORMAT = 1
+FORMAT = 2
 HALVES = ("train", "held_out")
 REPORT_FILE = "report.json"
 _PROGRESS_BYTES = 4_000_000
 
 Writers = dict[tuple[int, str], rows.Writer]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weighted:
-  """A source and its share of the rows that a run sees."""
-
-  source: sources.Source
-  """Where the documents are."""
-  weight: float = 1.0
-  """Its share of all rows is this over the sum of the weights."""
-
-  def __post_init__(self):
-    if not 0 < self.weight < math.inf:
-      raise InputError(f"data.sources.weight: {self.weight} is not above 0 and finite.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-  """The text of a run, and how it becomes batches."""
-
-  sources: tuple[Weighted, ...]
-  """What to read; each is repeated and reshuffled as often as the run needs."""
-  tokenizer: tokenizers.Spec
-  """How text becomes ids."""
-  seq_len: int
-  """Inputs of a row, T."""
-  batch: int
-  """Rows of a batch over all processes, B."""
-  held_out: float = 0.05
-  """Share of the documents kept for evaluation, chosen by their content; 0: none."""
-  seed: int = 0
-  """Chooses the held-out documents and the order of the rows; 0 to 2^32 - 1."""
-  cache: str | None = None
-  """Local folder for the packed rows, shared by runs; None: inside the workdir."""
-  threads: int = 2
-  """Threads that make batches."""
-  prefetch: int = 4
-  """Batches made ahead of time, at least one a thread."""
-
-  def __post_init__(self):
-    for name in ("seq_len", "batch", "threads", "prefetch"):
-      if vars(self)[name] < 1:
-        raise InputError(f"data.{name}: {vars(self)[name]} is not at least 1.")
-    if self.prefetch < self.threads:
-      raise InputError(
-        f"data.prefetch: {self.prefetch} is below data.threads={self.threads}, so some "
-        "threads would never work."
-      )
-    if not self.sources:
-      raise InputError("data.sources: empty; give at least one Weighted(source=...).")
-    if not 0 <= self.held_out < 1:
-      raise InputError(f"data.held_out: {self.held_out} is not in 0 <= share < 1.")
-    if not 0 <= self.seed < 2**32:
-      raise InputError(f"data.seed: {self.seed} is not in 0 <= seed < 2^32.")
-    spec = self.tokenizer
-    if isinstance(spec, SentencePiece) and spec.model is None:
-      for index, weighted in enumerate(self.sources):
-        if isinstance(weighted.source, sources.TokenIds):
-          raise InputError(
-            f"data.tokenizer.model: none, but data.sources.{index} holds token ids; "
-            "give the model that made them."
-          )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,26 +90,6 @@ def prepare(data: Data, folder: files.Pathlike) -> Corpus:
   return _open(data, place, reused)
 
 
-def documents(data: Data) -> Iterator[tuple[int, str, sources.Document]]:
-  """Yields (index of the source, "train" or "held_out", document), in reading order.
-
-  The half depends on the document's content and the seed alone, so what occurs twice,
-  also in two sources, falls on one side.
-  """
-  for index, weighted in enumerate(data.sources):
-    field = f"data.sources.{index}.source"
-    for document in sources.read(weighted.source, field, data.tokenizer.vocab):
-      held_out = _digest(document, data.seed) < data.held_out * 2**64
-      yield index, "held_out" if held_out else "train", document
-
-
-def _digest(document: sources.Document, seed: int) -> int:
-  content = document.content
-  if isinstance(content, str):
-    return xxhash.xxh3_64_intdigest(content.encode(), seed)
-  return xxhash.xxh3_64_intdigest(content.astype("<u4").tobytes(), seed)
-
-
 def _fingerprint(data: Data) -> str:
   """Returns the hash that names a cache: the specs and the bytes of all files."""
   facts = {
@@ -171,8 +97,10 @@ def _fingerprint(data: Data) -> str:
     "seq_len": data.seq_len,
     "held_out": data.held_out,
     "seed": data.seed,
+    "packing": [data.truncate, data.per_row, data.even],
     "tokenizer": _facts(data.tokenizer),
     "sources": [_facts(weighted.source) for weighted in data.sources],
+    "templates": [_template(weighted.source) for weighted in data.sources],
     "files": [],
   }
   found = [
@@ -193,7 +121,13 @@ def _fingerprint(data: Data) -> str:
   return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
-def _facts(spec: sources.Source | tokenizers.Spec) -> list:
+def _template(source: Source) -> str | None:
+  """Returns the text of the template that a source names."""
+  named = getattr(source, "template", None)
+  return None if named is None else conversations.template_text(named)
+
+
+def _facts(spec: Source | tokenizers.Spec) -> list:
   return [type(spec).__name__, dataclasses.asdict(spec)]
 
 
@@ -221,8 +155,11 @@ def _cache(data: Data, folder: files.Pathlike) -> Path:
 
 def _write(data: Data, place: Path) -> None:
   """Writes a cache whole or not at all; another process may do the same meanwhile."""
-  texts, size = _scan(data)
-  tokenizer = tokenizers.build(data.tokenizer, texts)
+  tokenizer = None
+  if any(isinstance(w.source, conversations.Source) for w in data.sources):
+    tokenizer = tokenizers.build(data.tokenizer, [])
+  texts, size = _scan(data, tokenizer)
+  tokenizer = tokenizer or tokenizers.build(data.tokenizer, texts)
   temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
   temporary.mkdir()
   try:
@@ -237,14 +174,28 @@ def _fill(
   data: Data, tokenizer: tokenizers.Tokenizer, folder: Path, size: int
 ) -> report.Report:
   """Writes rows and tokenizer into an empty folder."""
-  dtype = np.dtype(np.uint16 if tokenizer.vocab <= 2**16 else np.uint32)
+  ids = np.uint16 if tokenizer.vocab <= 2**16 else np.uint32
+  dtypes: dict[str, np.dtype] = {"tokens": np.dtype(ids)}
+  dtypes |= data.extras
+  if data.sequences > 1:
+    dtypes["part"] = np.dtype(np.uint8)
   with contextlib.ExitStack() as stack:
     writers: Writers = {}
     for key in _halves(data):
-      writers[key] = rows.Writer(_stem(folder, *key), dtype)
+      writers[key] = rows.Writer(_stem(folder, *key), dtypes)
       stack.callback(writers[key].close)
-    _encode(data, tokenizer, writers, size)
+    dropped = _encode(data, tokenizer, writers, size)
   tokenizers.save(tokenizer, str(folder))
+
+  def packed(index: int, half: str) -> report.Counts:
+    talks = isinstance(data.sources[index].source, conversations.Source)
+    return writers[index, half].pack(
+      data.seq_len,
+      most=data.per_row if talks else None,
+      sequences=data.sequences,
+      dropped=dropped[index, half],
+    )
+
   return report.Report(
     place=str(folder),
     reused=False,
@@ -253,8 +204,8 @@ def _fill(
     sources=tuple(
       report.SourceReport(
         path=weighted.source.path,
-        train=writers[index, "train"].pack(data.seq_len),
-        held_out=writers[index, "held_out"].pack(data.seq_len),
+        train=packed(index, "train"),
+        held_out=packed(index, "held_out"),
       )
       for index, weighted in enumerate(data.sources)
     ),
@@ -278,7 +229,7 @@ def _rename(temporary: Path, place: Path) -> None:
       raise
 
 
-def _scan(data: Data) -> tuple[list[str], int]:
+def _scan(data: Data, tokenizer: tokenizers.Tokenizer | None) -> tuple[list[str], int]:
   """Reads everything once, so that bad input shows before the long work.
 
   Returns a sample of the training texts for a tokenizer, and the characters or ids of
@@ -291,12 +242,13 @@ def _scan(data: Data) -> tuple[list[str], int]:
   counts = dict.fromkeys(_halves(data), 0)
   sample: list[tuple[int, int, bytes]] = []
   sampled = size = 0
-  for number, (index, half, document) in enumerate(documents(data)):
+  for number, (index, half, document) in enumerate(documents(data, tokenizer)):
     counts[index, half] += 1
-    size += len(document.content)
-    if limit and half == "train" and isinstance(document.content, str):
-      text = document.content.encode()
-      heapq.heappush(sample, (-_digest(document, data.seed), number, text))
+    size += size_of(document)
+    content = document.content if isinstance(document, sources.Document) else None
+    if limit and half == "train" and isinstance(content, str):
+      text = content.encode()
+      heapq.heappush(sample, (-digest(document, data.seed), number, text))
       sampled += len(text)
       while sampled - len(sample[0][2]) >= limit:
         sampled -= len(heapq.heappop(sample)[2])
@@ -324,24 +276,41 @@ def _check_halves(data: Data, counts: dict[tuple[int, str], int]) -> None:
 
 def _encode(
   data: Data, tokenizer: tokenizers.Tokenizer, writers: Writers, size: int
-) -> None:
-  """Hands the tokens of all documents, bos and eos around each, to the writers."""
+) -> dict[tuple[int, str], int]:
+  """Hands all documents to the writers; returns how many were left out."""
   byte_lengths = tokenizer.byte_lengths()
+  dropped = dict.fromkeys(writers, 0)
   show = sys.stderr.isatty() and size > _PROGRESS_BYTES
   with tqdm.tqdm(total=size, desc="tokenize", unit_scale=True, disable=not show) as bar:
-    for index, half, document in documents(data):
-      ids = _ids(tokenizer, document)
-      tokens = [tokenizer.bos, *ids, tokenizer.eos]
-      writers[index, half].append(tokens, int(byte_lengths[tokens].sum()))
-      bar.update(len(document.content))
+    for index, half, document in documents(data, tokenizer):
+      bar.update(size_of(document))
+      if isinstance(document, conversations.Unit):
+        fields = unit_fields(data, document)
+        if fields is None:
+          dropped[index, half] += 1
+          continue
+        predicted = int(np.count_nonzero(fields["weights"]))
+      else:
+        fields = text_fields(tokenizer, document)
+        predicted = len(fields["tokens"]) - 1
+      spoken = fields["tokens"][fields["weights"] > 0]
+      size = int(byte_lengths[spoken].sum())
+      writers[index, half].append(fields, size=size, predicted=predicted)
+  _require_rows(data, dropped, writers)
+  return dropped
 
 
-def _ids(tokenizer: tokenizers.Tokenizer, document: sources.Document) -> list[int]:
-  if not isinstance(document.content, str):
-    return document.content.tolist()
-  ids = tokenizer.encode(document.content)
-  tokenizers.check_round_trip(tokenizer, document.content, ids, document.where)
-  return ids
+def _require_rows(
+  data: Data, dropped: dict[tuple[int, str], int], writers: Writers
+) -> None:
+  """Raises InputError where all conversations of a source were left out."""
+  for index, weighted in enumerate(data.sources):
+    if not writers[index, "train"].documents:
+      raise InputError(
+        f"data.seq_len: all {dropped[index, 'train']} conversations of "
+        f"{weighted.source.path} are longer than a row of {data.seq_len}. Raise it, or "
+        "give data.truncate 'start' or 'end'."
+      )
 
 
 def _open(data: Data, place: Path, reused: bool) -> Corpus:
@@ -351,7 +320,10 @@ def _open(data: Data, place: Path, reused: bool) -> Corpus:
     told = report.from_json((place / REPORT_FILE).read_text())
     mapped = {
       (index, half): rows.load(
-        _stem(place, index, half), vars(told.sources[index])[half].rows, data.seq_len
+        _stem(place, index, half),
+        vars(told.sources[index])[half].rows,
+        data.seq_len,
+        tuple(data.extras),
       )
       for index, half in _halves(data)
     }

@@ -12,7 +12,9 @@ import grain
 import numpy as np
 
 from jaxlm.data import mixture, packing
-from jaxlm.data.corpus import Corpus, Data
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.rows import Rows
+from jaxlm.data.spec import Data
 from jaxlm.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -35,7 +37,7 @@ class Loader:
     _check_rows(rows, data.batch)
     if start < 0:
       raise InputError(f"start: {start} is not a step, which is at least 0.")
-    examples = mixture.mix(corpus.train, corpus.weights, data.seed)
+    examples: Any = mixture.mix(corpus.train, corpus.weights, data.seed)
 
     def local_batch(step: int) -> Batch:
       return _stack([examples[step * data.batch + row] for row in rows])
@@ -66,37 +68,36 @@ class Loader:
     self.close()
 
 
-def held_out_batches(
-  corpus: Corpus, batch: int, *, rows: Sequence[int] | None = None
+def in_order(
+  sources: Sequence[Rows], batch: int, *, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-  """Yields the held-out set once, source by source, in an order that never changes.
+  """Yields all rows once, source by source, in an order that never changes.
 
   Args:
-    corpus: its held-out rows.
+    sources: rows of a corpus; its held-out ones, say.
     batch: rows of a batch over all processes.
     rows: those that this process holds; None: all.
 
   The last batch is filled up with empty rows, whose weights are 0, so every batch has
-  one shape and every held-out token counts exactly once.
+  one shape and every token counts exactly once.
   """
   rows = range(batch) if rows is None else rows
   _check_rows(rows, batch)
-  places = [(source, i) for source in corpus.held_out for i in range(len(source))]
-  empty = np.full(corpus.report.seq_len + 1, packing.PADDING)
+  places = [(source, i) for source in sources for i in range(len(source))]
 
-  def row_at(index: int) -> tuple[np.ndarray, np.ndarray]:
-    if index >= len(places):
-      return empty, empty
-    source, i = places[index]
-    return source[i]
+  def row_at(index: int) -> dict[str, np.ndarray]:
+    source, i = places[min(index, len(places) - 1)]
+    if index < len(places):
+      return source[i]
+    return {name: np.zeros_like(values) for name, values in source[i].items()}
 
   for first in range(0, len(places), batch):
     yield _stack([row_at(first + row) for row in rows])
 
 
-def _stack(rows: Sequence[Any]) -> Batch:
-  tokens, segments = zip(*rows, strict=True)
-  return packing.examples(np.stack(tokens), np.stack(segments))
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+  fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  return packing.examples(fields.pop("tokens"), fields.pop("segments"), fields)
 
 
 def _check_rows(rows: Sequence[int], batch: int) -> None:

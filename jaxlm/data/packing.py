@@ -8,7 +8,7 @@ exactly once. Pieces share rows by best fit decreasing (Johnson 1973).
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -39,16 +39,19 @@ class Plan:
     return int(self.row[-1]) + 1 if len(self.row) else 0
 
 
-def plan(lengths: np.ndarray, seq_len: int) -> Plan:
+def plan(lengths: np.ndarray, seq_len: int, most: int | None = None) -> Plan:
   """Plans the rows of documents of these lengths in tokens, [documents].
 
+  Where `most` is given, a row takes at most so many pieces and leaves its last place
+  empty, so that each token is also an input.
   Documents of fewer than two tokens hold nothing to predict and are left out. Time is
   O(n log n) in the pieces; equal lengths keep their order, so the plan is one function
   of its arguments.
   """
+  room = seq_len + 1 if most is None else seq_len
   document, start, length = _cut(np.asarray(lengths, np.int64), seq_len)
   order = np.argsort(-length, kind="stable")
-  row, offset, segment = _best_fit(length[order].tolist(), seq_len + 1)
+  row, offset, segment = _best_fit(length[order].tolist(), room, most)
   placed = np.lexsort((offset, row))
   order = order[placed]
   return Plan(
@@ -74,7 +77,7 @@ def _cut(
 
 
 def _best_fit(
-  lengths: list[int], capacity: int
+  lengths: list[int], capacity: int, most: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Places lengths, longest first, each in the fullest row that still takes it.
 
@@ -97,7 +100,8 @@ def _best_fit(
     counts[chosen] += 1
     row[piece], offset[piece] = chosen, capacity - room
     segment[piece] = counts[chosen]
-    if left := room - length:
+    left = room - length
+    if left and counts[chosen] != most:
       if left not in rows_by_room:
         rows_by_room[left] = []
         bisect.insort(rooms, left)
@@ -106,47 +110,73 @@ def _best_fit(
 
 
 def rows(
-  plan: Plan, document: Callable[[int], np.ndarray], *, seq_len: int, block: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields tokens and segments of a plan's rows, both [up to `block`, T + 1] int64.
+  plan: Plan,
+  document: Callable[[int], Mapping[str, np.ndarray]],
+  dtypes: Mapping[str, np.dtype],
+  *,
+  seq_len: int,
+  block: int,
+  sequences: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the fields of a plan's rows and their segments, [up to `block`, T + 1].
 
-  `document(i)` returns the tokens of document i, [tokens].
+  `document(i)` returns document i's fields, [tokens], each of its own of `dtypes`; the
+  field `part` is not kept: it says which of the document's `sequences` a token belongs
+  to, from 0, and each gets a segment of its own.
   """
   for first in range(0, plan.rows, block):
     shape = (min(block, plan.rows - first), seq_len + 1)
-    tokens_NT, segments_NT = (np.full(shape, PADDING, np.int64) for _ in range(2))
+    out = {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
+    out["segments"] = np.full(shape, PADDING, np.int64)
     begin, end = np.searchsorted(plan.row, [first, first + block])
     for piece in range(begin, end):
       start, length = plan.start[piece], plan.length[piece]
       offset = plan.offset[piece]
       place = plan.row[piece] - first, slice(offset, offset + length)
-      tokens_NT[place] = document(plan.document[piece])[start : start + length]
-      segments_NT[place] = plan.segment[piece]
-    yield tokens_NT, segments_NT
+      fields = document(plan.document[piece])
+      for name in dtypes:
+        out[name][place] = fields[name][start : start + length]
+      before = sequences * (plan.segment[piece] - 1)
+      part = fields["part"][start : start + length] if "part" in fields else 0
+      out["segments"][place] = before + part + 1
+    yield out
 
 
-def examples(tokens_BT: np.ndarray, segments_BT: np.ndarray) -> dict[str, np.ndarray]:
+def examples(
+  tokens_BT: np.ndarray,
+  segments_BT: np.ndarray,
+  extras: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
   """Returns training examples of packed rows.
 
   Args:
     tokens_BT: [B, T + 1], as `rows` yields them.
     segments_BT: [B, T + 1]; 1, 2, ... along a row, 0 where it is empty.
+    extras: further fields, [B, T + 1]: `weights` of tokens as targets; others belong
+      to tokens as inputs.
 
   Returns:
-    tokens, targets, segments, positions int32 and weights float32, all [B, T].
-    Positions count from each segment's first token. A weight is 1 where the target
-    goes on with its input's segment, else 0.
+    tokens, targets, segments, positions int32 and weights float32, all [B, T], and the
+    extras. Positions count from each segment's first token. A weight is 1, or the
+    target's own, where the target goes on with its input's segment, else 0.
   """
+  extras = extras or {}
   inputs_BT, after_BT = segments_BT[:, :-1], segments_BT[:, 1:]
   index_BT = np.broadcast_to(np.arange(inputs_BT.shape[1]), inputs_BT.shape)
   begins_BT = np.ones(inputs_BT.shape, bool)
   begins_BT[:, 1:] = inputs_BT[:, 1:] != inputs_BT[:, :-1]
   first_BT = np.maximum.accumulate(np.where(begins_BT, index_BT, 0), axis=1)
   same_BT = (inputs_BT == after_BT) & (after_BT != PADDING)
-  return {
+  weights_BT = same_BT.astype(np.float32)
+  if "weights" in extras:
+    weights_BT *= extras["weights"][:, 1:]
+  batch = {
     "tokens": tokens_BT[:, :-1].astype(np.int32),
     "targets": tokens_BT[:, 1:].astype(np.int32),
     "segments": inputs_BT.astype(np.int32),
     "positions": (index_BT - first_BT).astype(np.int32),
-    "weights": same_BT.astype(np.float32),
+    "weights": weights_BT,
   }
+  for name in extras.keys() - {"weights"}:
+    batch[name] = np.ascontiguousarray(extras[name][:, :-1])
+  return batch

@@ -5,6 +5,7 @@ vocabulary, byte by byte, so that decoding is exact.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -162,27 +163,37 @@ class JsonTokenizer:
     return self.encode_parts([text])
 
   def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+    """See `Tokenizer`."""
+    return list(itertools.chain.from_iterable(self.encode_each(parts)))
+
+  def encode_each(self, parts: Sequence[str | int]) -> list[list[int]]:
     """See `Tokenizer`; a control token takes spaces beside it as its file says."""
-    ids: list[int] = []
+    found: list[list[int]] = []
+    begun = words = False  # whether there is an id yet; whether words came last
     for place, part in enumerate(parts):
       if isinstance(part, int):
-        ids.append(part)
+        found.append([part])
+        begun, words = True, False
         continue
       if (before := self._beside(parts[max(place - 1, 0) : place])) and before.rstrip:
         part = part.lstrip()
       if (after := self._beside(parts[place + 1 : place + 2])) and after.lstrip:
         part = part.rstrip()
-      if part:
-        ids += self._encode(self._spaced(part, len(ids)))
-    return ids
+      spaced = part if words or not part else self._spaced(part, begun=begun)
+      found.append(self._encode(spaced) if spaced else [])
+      begun, words = begun or bool(found[-1]), words or bool(part)
+    return found
 
   def _beside(self, parts: Sequence[str | int]) -> _Added | None:
     """Returns the control token that is the one part given, if it is one."""
     return next((self._control.get(i) for i in parts if isinstance(i, int)), None)
 
-  def _spaced(self, text: str, before: int) -> str:
-    """Returns a text that follows so many ids, with the space that belongs there."""
-    if not before:
+  def _spaced(self, text: str, *, begun: bool) -> str:
+    """Returns a text with the space that belongs before it.
+
+    `begun` says whether it follows a control token; else it is the first.
+    """
+    if not begun:
       # An added word at the start takes the place of the space.
       bare = text.startswith(self._words) and text[0] != " "
       return text if bare or not self.adds_space else f" {text}"

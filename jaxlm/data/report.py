@@ -17,6 +17,8 @@ class Counts:
   """Tokens that are predicted: all of the text's, and each document's end."""
   rows: int
   """Packed rows."""
+  dropped: int = 0
+  """Conversations left out because they are longer than a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,10 @@ class Report:
   def total(self, half: str) -> Counts:
     """Returns the sum over the sources; half is "train" or "held_out"."""
     counts = [dataclasses.astuple(vars(source)[half]) for source in self.sources]
-    documents, size, tokens, rows = map(sum, zip(*counts, strict=True))
-    return Counts(documents=documents, bytes=size, tokens=tokens, rows=rows)
+    documents, size, tokens, rows, dropped = map(sum, zip(*counts, strict=True))
+    return Counts(
+      documents=documents, bytes=size, tokens=tokens, rows=rows, dropped=dropped
+    )
 
   def padding(self, counts: Counts) -> float:
     """Returns the share of positions that predict nothing: empty, or between pieces."""
@@ -74,6 +78,8 @@ class Report:
       f"{counts.documents:,} documents, {counts.bytes:,} bytes, "
       f"{counts.tokens:,} tokens ({counts.bytes / counts.tokens:.3f} bytes a token), "
       f"{counts.rows:,} rows of {self.seq_len}, padding {self.padding(counts):.1%}"
+      + f"; {counts.dropped:,} TOO LONG AND LEFT OUT"
+      * bool(counts.dropped)
     )
 
   def to_json(self) -> str:

@@ -3,7 +3,7 @@
 import array
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,95 +16,147 @@ _BLOCK_ROWS = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-  """Packed rows; row i is a pair of [T + 1] arrays, tokens and segments."""
+  """Packed rows; row i is a dict of [T + 1] arrays."""
 
   tokens_NT: np.ndarray
   """Token ids, [rows, T + 1]."""
   segments_NT: np.ndarray
-  """Number of the piece in its row from 1, 0 where the row is empty, [rows, T + 1]."""
+  """Number of the sequence in its row from 1, 0 where it is empty, [rows, T + 1]."""
+  extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  """Further fields, [rows, T + 1], as `packing.examples` takes them."""
 
   def __len__(self) -> int:
     return len(self.tokens_NT)
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    return self.tokens_NT[index], self.segments_NT[index]
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    extras = {name: values[index] for name, values in self.extras.items()}
+    return extras | {
+      "tokens": self.tokens_NT[index],
+      "segments": self.segments_NT[index],
+    }
 
 
 class Writer:
-  """Takes documents, keeps their tokens in a file, packs them at the end."""
+  """Takes documents, keeps their fields in files, packs them at the end."""
 
-  def __init__(self, stem: Path, dtype: np.dtype):
-    """Starts the files `stem`.*, with token ids of this type."""
+  def __init__(self, stem: Path, dtypes: Mapping[str, np.dtype]):
+    """Starts the files `stem`.*, one for each field; `tokens` is one of them."""
     self._stem = stem
-    self._dtype = dtype
-    self._flat = stem.with_name(f"{stem.name}.flat")
-    self._stream = self._flat.open("wb")
+    self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
+    self._streams = {name: self._flat(name).open("wb") for name in dtypes}
     self._lengths = array.array("q")
-    self._bytes = 0
+    self._bytes = self._predicted = 0
 
-  def append(self, tokens: Sequence[int], size: int) -> None:
-    """Adds a document: its tokens, bos and eos included, and its UTF-8 bytes."""
-    self._stream.write(np.array(tokens, self._dtype).tobytes())
-    self._lengths.append(len(tokens))
+  def _flat(self, name: str) -> Path:
+    return self._stem.with_name(f"{self._stem.name}.{name}.flat")
+
+  def append(
+    self, fields: Mapping[str, np.ndarray], *, size: int, predicted: int
+  ) -> None:
+    """Adds a document: its fields, [tokens], its UTF-8 bytes and predicted tokens."""
+    for name, dtype in self._dtypes.items():
+      self._streams[name].write(np.asarray(fields[name], dtype).tobytes())
+    self._lengths.append(len(fields["tokens"]))
     self._bytes += size
+    self._predicted += predicted
+
+  @property
+  def documents(self) -> int:
+    """How many were taken."""
+    return len(self._lengths)
 
   def close(self) -> None:
     """Ends the writing of documents."""
-    self._stream.close()
+    for stream in self._streams.values():
+      stream.close()
 
-  def pack(self, seq_len: int) -> Counts:
-    """Writes the rows that `load` reads, and removes the documents' own file."""
+  def pack(
+    self, seq_len: int, *, most: int | None, sequences: int, dropped: int
+  ) -> Counts:
+    """Writes the rows that `load` reads, and removes the documents' own files.
+
+    `most` documents of `sequences` sequences share a row; `dropped` were left out.
+    """
     self.close()
     lengths = np.array(self._lengths, np.int64)
     stops = np.cumsum(lengths)
-    flat = np.memmap(self._flat, self._dtype, "r") if len(lengths) else np.zeros(0)
-    plan = packing.plan(lengths, seq_len)
+    empty = not len(lengths)
+    flat = {
+      name: np.zeros(0) if empty else np.memmap(self._flat(name), dtype, "r")
+      for name, dtype in self._dtypes.items()
+    }
+
+    def document(index: int) -> dict[str, np.ndarray]:
+      span = slice(stops[index] - lengths[index], stops[index])
+      return {name: values[span] for name, values in flat.items()}
+
+    plan = packing.plan(lengths, seq_len, most)
+    kept = {name: dtype for name, dtype in self._dtypes.items() if name != "part"}
+    segments = sequences * int(plan.segment.max(initial=0))
+    dtypes = kept | {"segments": np.min_scalar_type(segments)}
     blocks = packing.rows(
-      plan,
-      lambda index: flat[stops[index] - lengths[index] : stops[index]],
-      seq_len=seq_len,
-      block=_BLOCK_ROWS,
+      plan, document, kept, seq_len=seq_len, block=_BLOCK_ROWS, sequences=sequences
     )
-    shape = (plan.rows, seq_len + 1)
-    dtype = np.min_scalar_type(int(plan.segment.max(initial=0)))
-    tokens, segments = _files(self._stem)
-    with (
-      _npy(tokens, self._dtype, shape) as write_tokens,
-      _npy(segments, dtype, shape) as write_segments,
-    ):
-      for tokens_NT, segments_NT in blocks:
-        write_tokens(tokens_NT)
-        write_segments(segments_NT)
-    self._flat.unlink()
+    with contextlib.ExitStack() as stack:
+      writers = {
+        name: stack.enter_context(
+          _npy(_file(self._stem, name), dtype, (plan.rows, seq_len + 1))
+        )
+        for name, dtype in dtypes.items()
+      }
+      for block in blocks:
+        for name, write in writers.items():
+          write(block[name])
+    for name in self._dtypes:
+      self._flat(name).unlink()
     return Counts(
       documents=len(lengths),
       bytes=self._bytes,
-      tokens=int((lengths - 1).sum()),
+      tokens=self._predicted,
       rows=plan.rows,
+      dropped=dropped,
     )
 
 
-def load(stem: Path, count: int, seq_len: int) -> Rows:
+def load(stem: Path, count: int, seq_len: int, extras: tuple[str, ...] = ()) -> Rows:
   """Maps the rows that `Writer.pack` wrote.
 
   Raises:
     OSError, ValueError: the files are missing, broken, or not `count` rows of
       `seq_len` + 1.
   """
-  tokens_NT, segments_NT = (
-    np.load(file, mmap_mode="r", allow_pickle=False) for file in _files(stem)
-  )
   shape = (count, seq_len + 1)
-  if not tokens_NT.shape == segments_NT.shape == shape:
-    raise ValueError(f"{stem} has rows of shape {tokens_NT.shape}, not {shape}")
-  return Rows(tokens_NT=tokens_NT, segments_NT=segments_NT)
-
-
-def _files(stem: Path) -> tuple[Path, Path]:
-  return (
-    stem.with_name(f"{stem.name}.tokens.npy"),
-    stem.with_name(f"{stem.name}.segments.npy"),
+  tokens_NT, segments_NT, *others = (
+    load_field(stem, name, shape) for name in ("tokens", "segments", *extras)
   )
+  return Rows(
+    tokens_NT=tokens_NT,
+    segments_NT=segments_NT,
+    extras=dict(zip(extras, others, strict=True)),
+  )
+
+
+def load_field(stem: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
+  """Maps one field of rows; raises as `load` does."""
+  values = np.load(_file(stem, name), mmap_mode="r", allow_pickle=False)
+  if values.shape != shape:
+    raise ValueError(f"{stem} has {name} of shape {values.shape}, not {shape}")
+  return values
+
+
+def write_field(stem: Path, name: str, values: np.ndarray) -> None:
+  """Writes one more field of rows, [rows, T + 1]."""
+  with _npy(_file(stem, name), values.dtype, values.shape) as write:
+    write(values)
+
+
+def rename_field(stem: Path, name: str, to: str) -> None:
+  """Gives a field that is whole its name."""
+  _file(stem, name).replace(_file(stem, to))
+
+
+def _file(stem: Path, name: str) -> Path:
+  return stem.with_name(f"{stem.name}.{name}.npy")
 
 
 @contextlib.contextmanager

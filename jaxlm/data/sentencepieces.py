@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -121,19 +122,27 @@ class SentencePieceTokenizer:
 
   def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
     """See `Tokenizer`."""
-    ids: list[int] = []
+    return list(itertools.chain.from_iterable(self.encode_each(parts)))
+
+  def encode_each(self, parts: Sequence[str | int]) -> list[list[int]]:
+    """See `Tokenizer`."""
+    found: list[list[int]] = []
+    begun = False
     for part in parts:
+      ids: list[int] = []
       if isinstance(part, int):
         ids.append(part)
-        continue
-      for number, words in enumerate(part.split(pieces.SPACE)):
-        ids += self._letter if number else []
-        ids += self._encode(words, len(ids))
-    return ids
+      else:
+        for number, words in enumerate(part.split(pieces.SPACE)):
+          ids += self._letter if number else []
+          ids += self._encode(words, begun=begun or bool(ids))
+      found.append(ids)
+      begun = begun or bool(ids)
+    return found
 
-  def _encode(self, text: str, before: int) -> list[int]:
-    """Returns the ids of a text that follows so many others."""
-    start = self._rest if before else self._processor
+  def _encode(self, text: str, *, begun: bool) -> list[int]:
+    """Returns the ids of a text; `begun` says whether others come before it."""
+    start = self._rest if begun else self._processor
     ids = start.encode(text)
     # A control token by the files beside it may be a word by the model itself.
     for parts in (pieces.cut(text, self.specials), list(text)):

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from etils import epath
@@ -18,6 +18,7 @@ from etils import epath
 from jaxlm import files
 from jaxlm.errors import InputError, nearest
 
+RECORD_SUFFIX = ".arrayrecord"
 _RECORDS = 256  # read at a time
 
 
@@ -80,7 +81,16 @@ class Document:
   """Its text, or its token ids, [tokens]."""
 
 
-def find(source: Source, field: str) -> list[epath.Path]:
+class Located(Protocol):
+  """A source of any kind."""
+
+  @property
+  def path(self) -> str:
+    """A file or a glob."""
+    ...
+
+
+def find(source: Located, field: str) -> list[epath.Path]:
   """Returns the files of a source; `field` is where a config says it.
 
   Raises:
@@ -140,25 +150,59 @@ def _read_text(source: Text, file: epath.Path) -> Iterator[Document]:
 
 
 def _read_jsonl(source: Jsonl, file: epath.Path) -> Iterator[Document]:
-  for number, row in files.read_jsonl(file):
-    where = f"{file}, line {number}"
+  for where, row in _lines(file):
     yield Document(where=where, content=_text_of(row, source.field, where))
 
 
 def _read_array_record(source: ArrayRecord, file: epath.Path) -> Iterator[Document]:
-  for number, record in enumerate(_records(file)):
+  if source.field is None:
+    for where, content in _records(file):
+      yield Document(where=where, content=content)
+  else:
+    for where, row in _record_objects(file):
+      yield Document(where=where, content=_text_of(row, source.field, where))
+
+
+def objects(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (place for messages, JSON object) of each row of a file, in order.
+
+  A file whose name ends in .arrayrecord has an object a record, any other one a line.
+
+  Raises:
+    InputError: not such a file, or a row that is not a JSON object; names the place.
+  """
+  return _record_objects(file) if file.suffix == RECORD_SUFFIX else _lines(file)
+
+
+def _lines(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  for number, row in files.read_jsonl(file):
+    where = f"{file}, line {number}"
+    yield where, _object(row, where)
+
+
+def _record_objects(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  for where, content in _records(file):
+    try:
+      row = json.loads(content)
+    except json.JSONDecodeError as error:
+      raise InputError(f"{where}: not JSON ({error})") from error
+    yield where, _object(row, where)
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+  if not isinstance(row, dict):
+    raise InputError(f"{where}: a JSON object is needed, not a {type(row).__name__}")
+  return row
+
+
+def _records(file: epath.Path) -> Iterator[tuple[str, str]]:
+  """Yields (place, text) of each record."""
+  for number, record in enumerate(_read_records(file)):
     where = f"{file}, record {number}"
-    content = _decode(record, where)
-    if source.field is not None:
-      try:
-        row = json.loads(content)
-      except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-      content = _text_of(row, source.field, where)
-    yield Document(where=where, content=content)
+    yield where, _decode(record, where)
 
 
-def _records(file: epath.Path) -> Iterator[bytes]:
+def _read_records(file: epath.Path) -> Iterator[bytes]:
   from array_record.python import (  # a compiled module without types
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
   )
@@ -182,16 +226,22 @@ def _decode(data: bytes, where: str) -> str:
     ) from error
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
+def _text_of(row: dict[str, Any], field: str, where: str) -> str:
   """Returns the text of a JSON object."""
-  if not isinstance(row, dict):
-    raise InputError(f"{where}: a JSON object is needed, not a {type(row).__name__}")
   if field not in row:
     keys = ", ".join(map(repr, row)) or "none"
     raise InputError(
       f"{where}: no field {field!r}; the row has {keys}.{nearest(field, row)}"
     )
-  text = row[field]
+  return require_text(row[field], field, where)
+
+
+def require_text(text: Any, field: str, where: str) -> str:
+  """Returns a value of a row that must be text, and text that UTF-8 can hold.
+
+  Raises:
+    InputError: it is not; names the place and the field.
+  """
   if not isinstance(text, str):
     raise InputError(
       f"{where}: the field {field!r} is a {type(text).__name__}, not text"

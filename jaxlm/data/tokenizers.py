@@ -5,6 +5,7 @@ encoded text join to that text. Bits per byte rests on it: see `check_round_trip
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -101,6 +102,14 @@ class Tokenizer(Protocol):
     """Returns the ids of one text that is given as words and the ids between them."""
     ...
 
+  def encode_each(self, parts: Sequence[str | int]) -> list[list[int]]:
+    """Returns the ids of each part; joined, they are those of `encode_parts`.
+
+    Words right after words go on with them: no token reaches over the border, and no
+    space is put there.
+    """
+    ...
+
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; specials are nothing, broken UTF-8 becomes U+FFFD."""
     ...
@@ -138,10 +147,11 @@ class ByteTokenizer:
 
   def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
     """See `Tokenizer`."""
-    ids: list[int] = []
-    for part in parts:
-      ids += [part] if isinstance(part, int) else part.encode()
-    return ids
+    return list(itertools.chain.from_iterable(self.encode_each(parts)))
+
+  def encode_each(self, parts: Sequence[str | int]) -> list[list[int]]:
+    """See `Tokenizer`."""
+    return [[part] if isinstance(part, int) else list(part.encode()) for part in parts]
 
   def decode(self, ids: Sequence[int]) -> str:
     """See `Tokenizer`."""

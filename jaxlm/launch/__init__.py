@@ -8,6 +8,7 @@ xla.py      compiler options by chip
 plan.py     targets of --plan: a topology to compile for, on a machine without it
 hlo.py      what a compiled program does, loops counted in full
 memory.py   what a step needs of a chip's memory, without compiling
+threads.py  threads enough for virtual CPU devices
 local.py    `jaxlm-local`: several processes on one machine, for rehearsal
 
     uv run jaxlm-local --processes=4 --config=configs/quickstart.py --workdir=runs/x

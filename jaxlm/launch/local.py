@@ -19,6 +19,7 @@ from typing import IO
 
 from jaxlm.errors import InputError
 from jaxlm.launch.pods import ADDRESS, COUNT, INDEX
+from jaxlm.launch.threads import room_to_wait
 
 GRACE_SECONDS = 5.0
 """What the others get to say why they stop, once one is gone."""
@@ -34,7 +35,7 @@ def environment(
   """Returns the variables of one process."""
   own = {ADDRESS: address, COUNT: str(processes), INDEX: str(process)}
   cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-  return dict(os.environ) | own | cpu
+  return room_to_wait(dict(os.environ) | own | cpu)
 
 
 def free_address() -> str:

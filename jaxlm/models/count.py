@@ -46,8 +46,14 @@ def parameters(model: spec.LM) -> Parameters:
     norms=sum(_norms(block, model.dim) for block in blocks)
     + _norm(model.final_norm, model.dim)
     + _norm(model.embed_norm, model.dim),
-    head=model.vocab * model.dim if model.head == "untied" else 0,
+    head=_head(model),
   )
+
+
+def _head(model: spec.LM) -> int:
+  if model.scores is not None:
+    return model.scores * model.dim
+  return model.vocab * model.dim if model.head == "untied" else 0
 
 
 def _norm(norm: spec.Norm | None, dim: int) -> int:

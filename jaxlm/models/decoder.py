@@ -179,11 +179,14 @@ class Decoder(nn.Module):
     positions_BT: Int[Array, "B T"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
     cache: PyTree | None = None,
+    *,
+    noise_BTD: Float[Array, "B T D"] | None = None,
   ) -> tuple[Float[Array, "B T D"], PyTree | None]:
     """Returns the normed residual stream and the cache with these tokens.
 
     Positions count within a segment (0, 1, ... when not given). With a cache, rows go
     on where it ends; a token of a negative position is padding that leaves no trace.
+    Noise is added to the embeddings.
 
     Raises:
       InputError: without a cache, more tokens than the model has learned positions.
@@ -201,6 +204,8 @@ class Decoder(nn.Module):
     x_BTD = Embed(self.spec, self.precision, self.layout, name="embed")(
       tokens_BT, positions_BT
     )
+    if noise_BTD is not None:
+      x_BTD += noise_BTD.astype(x_BTD.dtype)
     none = {"prefix": (None,) * len(self.spec.prefix)}
     caches = cache or none | {"layers": (None,) * len(self.spec.pattern)}
     prefix = []
@@ -217,7 +222,10 @@ class Decoder(nn.Module):
       prefix.append(new)
     x_BTD, layers = self._scan(x_BTD, caches["layers"], positions_BT, segments_BT)
     x_BTD = Norm(self.spec.final_norm, self.precision, name="final_norm")(x_BTD)
-    if self.spec.head == "untied":
+    if self.spec.scores is not None:
+      shape = (self.spec.dim, self.spec.scores)
+      matrix(self, "score", shape, ("embed", None), dtype=self.precision.params)
+    elif self.spec.head == "untied":
       shape = (self.spec.dim, self.spec.vocab)
       matrix(self, "head", shape, ("embed", "vocab"), dtype=self.precision.params)
     return x_BTD, {"prefix": tuple(prefix), "layers": layers} if cache else None

@@ -38,7 +38,7 @@ def matrix(
   module: Owner,
   name: str,
   shape: tuple[int, ...],
-  axes: tuple[str, ...],
+  axes: tuple[str | None, ...],
   *,
   dtype: str,
   inputs: int = 1,

@@ -266,6 +266,8 @@ class LM:
   """The norm before the head."""
   head: Literal["tied", "untied"] = "untied"
   """Whether the head is the embedding's transpose."""
+  scores: int | None = None
+  """Outputs of a head for scores, which a reward model has in place of logits."""
   softcap: float | None = None
   """Logits are bounded to this by tanh."""
   context: int | None = None

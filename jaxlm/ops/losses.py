@@ -1,4 +1,4 @@
-"""Cross-entropy from the residual stream to targets, in chunks of positions.
+"""Log-probabilities and losses from the residual stream, in chunks of positions.
 
 The logits of a whole sequence are never held: each device walks over its own rows a
 chunk at a time, and since the loss is a sum, the gradients are made in the same walk,
@@ -28,6 +28,25 @@ class LossTerms(NamedTuple):
   """Cross-entropy of each token in nats, unweighted; carries no gradient."""
   correct: Float[Array, ""]
   """Weighted count of tokens whose target has the largest logit."""
+  spread: "Spread | None" = None
+  """Of each token's distribution, where the shape asks for it."""
+
+
+class Spread(NamedTuple):
+  """How wide the distribution of each next token is; carries no gradient."""
+
+  entropy_BT: Float[Array, "B T"]
+  """In nats."""
+  log_squares_BT: Float[Array, "B T"]
+  """Logarithm of the sum of squared probabilities."""
+
+
+class LogProbs(NamedTuple):
+  """Of the targets, in nats, float32."""
+
+  target_BT: Float[Array, "B T"]
+  """Log-probability of each target."""
+  spread: Spread
 
 
 class LossShape(NamedTuple):
@@ -40,6 +59,10 @@ class LossShape(NamedTuple):
   """Weight of the squared log-partition (Chowdhery et al. 2022, PaLM)."""
   softcap: float | None = None
   """Logits are bounded to this by tanh."""
+  temperature: float = 1.0
+  """Divides the bounded logits."""
+  spread: bool = False
+  """Whether entropies are made too."""
 
 
 def cross_entropy(
@@ -56,6 +79,46 @@ def cross_entropy(
   """
   terms: LossTerms = _loss(shape, x_BTD, head_DV, targets_BT, weights_BT)
   return LossTerms(terms.total, *jax.lax.stop_gradient(terms[1:]))
+
+
+def log_probs(
+  shape: LossShape,
+  x_BTD: Float[Array, "B T D"],
+  head_DV: Float[Array, "D V"],
+  targets_BT: Int[Array, "B T"],
+) -> LogProbs:
+  """Returns the log-probability of each target, with a gradient, and the spread.
+
+  What is made of them may be any function: the backward pass walks over the chunks once
+  more, so the logits of a whole sequence are never held. `shape.z_loss` is not used.
+  """
+  shape = shape._replace(z_loss=0.0, spread=True)
+  out: Any = _log_probs(shape, x_BTD, head_DV, targets_BT)
+  target_BT, spread = out
+  return LogProbs(target_BT, jax.lax.stop_gradient(spread))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(shape: LossShape, x_BTD, head_DV, targets_BT) -> Any:
+  zeros_BT = jnp.zeros(targets_BT.shape, jnp.float32)
+  terms = _walk(shape, x_BTD, head_DV, targets_BT, zeros_BT, grads=False).terms
+  return -terms.nll_BT, terms.spread
+
+
+def _log_probs_forward(shape: LossShape, x_BTD, head_DV, targets_BT):
+  out = _log_probs(shape, x_BTD, head_DV, targets_BT)
+  return out, (x_BTD, head_DV, targets_BT)
+
+
+def _log_probs_backward(shape: LossShape, kept, cotangents):
+  shape = shape._replace(spread=False)
+  x_BTD, head_DV, targets_BT = kept
+  weights_BT = -cotangents[0]
+  walked = _walk(shape, x_BTD, head_DV, targets_BT, weights_BT, grads=True)
+  return walked.dx, walked.dhead, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,8 +168,10 @@ def _walk(
     if rules.vocab:
       targets_BT -= jax.lax.axis_index(rules.vocab) * head_DV.shape[1]
     walked = _walk_rows(shape, x_BTD, compute_DV, targets_BT, weights_BT, grads)
-    total, nll_BT, correct = walked.terms
-    terms = LossTerms(jax.lax.psum(total, over), nll_BT, jax.lax.psum(correct, over))
+    terms = walked.terms._replace(
+      total=jax.lax.psum(walked.terms.total, over),
+      correct=jax.lax.psum(walked.terms.correct, over),
+    )
     if walked.dx is None or walked.dhead is None:
       return Walked(terms, None, None)
     dx = jax.lax.psum(walked.dx, rules.vocab) if rules.vocab else walked.dx
@@ -120,7 +185,8 @@ def _walk(
     dhead = jax.lax.psum(dhead, rest) if rest else dhead
     return Walked(terms, dx.astype(x_BTD.dtype), dhead.astype(head_DV.dtype))
 
-  terms = LossTerms(PartitionSpec(), rows, PartitionSpec())  # type: ignore[arg-type]
+  spread = Spread(rows, rows) if shape.spread else None  # type: ignore[arg-type]
+  terms = LossTerms(PartitionSpec(), rows, PartitionSpec(), spread)  # type: ignore[arg-type]
   out = Walked(terms, residual if grads else None, head if grads else None)  # type: ignore[arg-type]
   mapped = jax.shard_map(
     local,
@@ -153,15 +219,16 @@ def _walk_rows(
   def step(sums, chunk):
     terms, dx_ND, dhead_DV = _chunk(shape, chunk, head_DV, grads)
     added = (terms.total, terms.correct, dhead_DV)
-    return jax.tree.map(jnp.add, sums, added), (terms.nll_BT, dx_ND)
+    return jax.tree.map(jnp.add, sums, added), (terms.nll_BT, terms.spread, dx_ND)
 
   zero = jnp.zeros((), jnp.float32)
   dhead_DV = jnp.zeros(head_DV.shape, jnp.float32) if grads else None
-  (total, correct, dhead_DV), (nll, dx) = jax.lax.scan(
+  (total, correct, dhead_DV), (nll, spread, dx) = jax.lax.scan(
     step, (zero, zero, dhead_DV), (split(x_BTD), split(targets_BT), split(weights_BT))
   )
   dx_BTD = None if dx is None else join(dx)
-  return Walked(LossTerms(total, join(nll), correct), dx_BTD, dhead_DV)
+  terms = LossTerms(total, join(nll), correct, jax.tree.map(join, spread))
+  return Walked(terms, dx_BTD, dhead_DV)
 
 
 def _chunk(shape: LossShape, chunk, head_DV: Array, grads: bool) -> Walked:
@@ -170,7 +237,8 @@ def _chunk(shape: LossShape, chunk, head_DV: Array, grads: bool) -> Walked:
   over = shape.layout.rules.vocab
   V = head_DV.shape[1]
   raw_NV = jnp.dot(x_ND, head_DV, preferred_element_type=jnp.float32)
-  logits_NV = soft_cap(raw_NV, shape.softcap)
+  capped_NV = soft_cap(raw_NV, shape.softcap)
+  logits_NV = capped_NV / shape.temperature
   here_N = (targets_N >= 0) & (targets_N < V)
   picked_N1 = jnp.clip(targets_N, 0, V - 1)[:, None]
   target_N = jnp.take_along_axis(logits_NV, picked_N1, axis=1)[:, 0]
@@ -186,15 +254,25 @@ def _chunk(shape: LossShape, chunk, head_DV: Array, grads: bool) -> Walked:
   nll_N = log_partition_N - target_N
   total = jnp.sum(weights_N * (nll_N + shape.z_loss * jnp.square(log_partition_N)))
   correct = jnp.sum(jnp.where(target_N >= top_N, weights_N, 0.0))
-  terms = LossTerms(total, nll_N, correct)
+  spread = None
+  if shape.spread:
+    # Against the largest logit, so that nothing overflows: shifted_NV <= 0.
+    shifted_NV = logits_NV - top_N[:, None]
+    mean_N = jnp.sum(exp_NV * shifted_NV, axis=1)
+    squares_N = jnp.sum(jnp.square(exp_NV), axis=1)
+    if over:
+      mean_N, squares_N = jax.lax.psum((mean_N, squares_N), over)
+    entropy_N = jnp.log(sum_N) - mean_N / sum_N
+    spread = Spread(entropy_N, jnp.log(squares_N) - 2.0 * jnp.log(sum_N))
+  terms = LossTerms(total, nll_N, correct, spread)
   if not grads:
     return Walked(terms, None, None)
   factor_N = weights_N * (1.0 + 2.0 * shape.z_loss * log_partition_N) / sum_N
   hit_NV = (jnp.arange(V)[None, :] == targets_N[:, None]) & here_N[:, None]
   d_NV = exp_NV * factor_N[:, None] - jnp.where(hit_NV, weights_N[:, None], 0.0)
   if shape.softcap is not None:
-    d_NV *= 1.0 - jnp.square(logits_NV / shape.softcap)
-  d_NV = d_NV.astype(x_ND.dtype)
+    d_NV *= 1.0 - jnp.square(capped_NV / shape.softcap)
+  d_NV = (d_NV / shape.temperature).astype(x_ND.dtype)
   dx_ND = jnp.dot(d_NV, head_DV.T, preferred_element_type=jnp.float32)
   if not over:
     dx_ND = dx_ND.astype(x_ND.dtype)  # else the sum over the vocabulary comes first

@@ -3,8 +3,11 @@
 train.py    trains a model by an objective, from the first step or a checkpoint
 assembled.py  what a run and its plan share
 plan.py     what a run will need, compiled ahead for chips that are not here
+reference.py  log-probabilities under a run's first weights, made once
+samples.py  text that a run writes at its end
 initial.py  what such a run takes from a pretrained model
 convert.py  a checkpoint from one format to another
+score.py    scores of a reward model for the rows of a file
 generate.py  prompts of a file to a file of texts
 decode.py   one step of decoding, planned or timed
 loaded.py   a pretrained model, ready to write text

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.data.corpus import Data
+from jaxlm.data.spec import Data
 from jaxlm.errors import InputError
 from jaxlm.launch import xla
 from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import Keep
 from jaxlm.ops.kernels.choice import NAMING, choose
+from jaxlm.posttrain import objectives
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import next_token
+from jaxlm.training.objective import Task
 from jaxlm.training.state import Plan, TrainState, axes_of, create
 from jaxlm.training.step import Step, compile_step, make_step
 
@@ -31,6 +32,7 @@ class Assembled(NamedTuple):
   optimizer: optimizers.Built
   plan: Plan
   first_state: Callable[[], TrainState]
+  task: Task
   step: Step
   batch: dict[str, jax.ShapeDtypeStruct]
 
@@ -54,14 +56,15 @@ def assemble(
     moments=run.moments,
     load=None if load is None else lambda: load(decoder),
   )
+  task = objectives.build(run.objective, decoder, run.data.per_row)
   step = make_step(
-    next_token(run.objective, decoder),
+    task,
     optimizer,
     micro_batches=run.accumulate,
     ema_decay=run.ema,
   )
-  batch = batch_shapes(run.data)
-  return Assembled(decoder, optimizer, plan, first_state, step, batch)
+  batch = batch_shapes(run.data, task.fields)
+  return Assembled(decoder, optimizer, plan, first_state, task, step, batch)
 
 
 def _check_kept(decoder: Decoder, seq_len: int) -> None:
@@ -90,9 +93,10 @@ def compiled(parts: Assembled, options: dict[str, str | bool]) -> Any:
     return compile_step(parts.step, parts.plan, layout, parts.batch, options)
 
 
-def batch_shapes(data: Data) -> dict[str, Any]:
-  """Returns the shapes of a batch as the loader makes it."""
-  shape = (data.batch, data.seq_len)
+def batch_shapes(data: Data, fields: tuple[str, ...] = ()) -> dict[str, Any]:
+  """Returns the shapes of a batch as the loader makes it, with the task's fields."""
   ints = ("tokens", "targets", "segments", "positions")
-  shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
-  return shapes | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  dtypes = dict.fromkeys(ints, jnp.int32) | dict.fromkeys(fields, jnp.float32)
+  dtypes |= {"weights": jnp.float32} | data.extras
+  shape = (data.batch, data.seq_len)
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}

@@ -15,6 +15,7 @@ from jaxlm.launch import plan as launch
 from jaxlm.launch.chips import Chip
 from jaxlm.models import count
 from jaxlm.models.spec import Keep, Remat
+from jaxlm.posttrain import objectives
 from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
 from jaxlm.runs.decode import Decode
@@ -163,7 +164,7 @@ def _work(run: Train, layout: Layout) -> memory.Work:
   return memory.Work(
     run.data.batch / run.accumulate / layout.size("batch"),
     run.data.seq_len / layout.size("sequence"),
-    run.objective.chunk,
+    objectives.chunk_of(run.objective),
   )
 
 

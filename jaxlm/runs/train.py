@@ -12,14 +12,13 @@ from etils import epath
 
 from jaxlm import config, files
 from jaxlm.data.corpus import Corpus, Data, prepare
-from jaxlm.data.loader import Loader, held_out_batches
+from jaxlm.data.loader import Loader, in_order
 from jaxlm.data.tokenizers import Tokenizer, notes
 from jaxlm.data.tokenizers import save as save_tokenizer
-from jaxlm.decoding.generate import generate
 from jaxlm.decoding.prefill import check as check_prompts
-from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
 from jaxlm.evaluation.bits_per_byte import make_evaluate
+from jaxlm.evaluation.losses import make_evaluate_task
 from jaxlm.interop.checkpoint import open_model
 from jaxlm.interop.own import FAMILY
 from jaxlm.launch import xla
@@ -27,8 +26,10 @@ from jaxlm.launch.chips import chip_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
 from jaxlm.ops.kernels.choice import Kernel
-from jaxlm.runs import initial, summary
-from jaxlm.runs.assembled import assemble, compiled
+from jaxlm.posttrain import objectives
+from jaxlm.runs import initial, reference, summary
+from jaxlm.runs.assembled import Assembled, assemble, compiled
+from jaxlm.runs.samples import Samples, write_samples
 from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
 from jaxlm.sharding import processes
@@ -45,26 +46,6 @@ FREE = (
   "compiler", "checkpoints", "evaluate_every", "log_every", "samples", "data.cache",
   "data.threads", "data.prefetch", "objective.chunk",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Samples:
-  """Text written at the end of a run."""
-
-  prompts: tuple[str, ...] = ("",)
-  """What the samples begin with; an empty one begins a document."""
-  tokens: int = 128
-  """New tokens of each."""
-  sampling: Sampling = dataclasses.field(default_factory=Sampling)
-  """How tokens are chosen."""
-
-  def __post_init__(self):
-    if self.tokens < 1:
-      raise InputError(f"samples.tokens: {self.tokens} is under 1.")
-
-  def ids(self, tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns the prompts' ids."""
-    return [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in self.prompts]
 
 
 class Result(NamedTuple):
@@ -111,7 +92,7 @@ class Train:
   initial: str | None = None
   """A pretrained model to start from: a Hugging Face folder, a .gguf file, a folder of
   configs/convert.py or a run's workdir; None: first parameters are drawn."""
-  objective: NextToken = dataclasses.field(default_factory=NextToken)
+  objective: objectives.Spec = dataclasses.field(default_factory=NextToken)
   """What is minimised."""
   precision: Precision = dataclasses.field(default_factory=Precision)
   """Dtypes of parameters and of the computation."""
@@ -150,6 +131,9 @@ class Train:
         raise InputError(f"{field}: {vars(self)[field]} is under 1.")
     if self.ema is not None and not 0 < self.ema < 1:
       raise InputError(f"ema: {self.ema} is not between 0 and 1; none turns it off.")
+    objectives.check(self.objective, self.data, self.model, self.accumulate)
+    if self.model.scores is not None and self.samples.prompts:
+      raise InputError("samples.prompts: a reward model writes no text; give ().")
 
   def run(self, workdir: files.Pathlike) -> Result:
     """Trains in a folder, from its newest whole checkpoint where it has one.
@@ -203,7 +187,9 @@ class Train:
     print(summary.describe_model(self.model, self.data.seq_len, self.data.batch))
 
     parts = assemble(
-      self, layout, None if opened is None else lambda d: initial.load(opened, d)
+      self,
+      layout,
+      None if opened is None else lambda d: initial.load(opened, d, self.seed),
     )
     decoder, optimizer, plan = parts.decoder, parts.optimizer, parts.plan
     options = xla.options(
@@ -242,7 +228,8 @@ class Train:
       state = restored.state if restored else parts.first_state()
       first = restored.data["next_batch"] if restored else 0
       place = Placement.of(layout, self.data)
-      evaluate = self._evaluator(decoder, corpus, place)
+      corpus = self._with_reference(parts, corpus, place, workdir, state, start)
+      evaluate = self._evaluator(parts, corpus, place)
       with (
         Loader(corpus, self.data, rows=place.rows, start=first) as loader,
         metrics.open_writer(workdir, start=start, total=self.steps) as writer,
@@ -270,7 +257,11 @@ class Train:
         f"in {workdir}. The same command goes on from there."
       )
       return result
-    self._write_samples(result)
+    if self.samples.prompts:
+      tokenizer = result.tokenizer
+      sampled = write_samples(self.samples, decoder, params, tokenizer, self.seed)
+      if processes.first():
+        files.write_atomic(workdir / "samples.txt", sampled)
     print(f"\nfinished: step {outcome.step} in {workdir}. {_last_score(result.rows)}")
     return result
 
@@ -283,18 +274,43 @@ class Train:
       tokens=self.data.batch * self.data.seq_len,
     )
 
+  def _with_reference(
+    self,
+    parts: Assembled,
+    corpus: Corpus,
+    place: "Placement",
+    workdir: epath.Path,
+    state: TrainState,
+    start: int,
+  ) -> Corpus:
+    """Returns the corpus with what the objective wants to know of the first weights."""
+    if not objectives.needs_reference(self.objective):
+      return corpus
+    pass_over = reference.Reference(
+      decoder=parts.decoder,
+      chunk=objectives.chunk_of(self.objective),
+      batch=self.data.batch,
+      here=place.rows,
+      put=place.put,
+    )
+    first = lambda: (parts.first_state() if start else state).params  # noqa: E731
+    return reference.attach(pass_over, corpus, workdir, first)
+
   def _evaluator(
-    self, decoder: Decoder, corpus: Corpus, place: "Placement"
+    self, parts: Assembled, corpus: Corpus, place: "Placement"
   ) -> Callable[[TrainState], dict[str, float]]:
     if not any(len(rows) for rows in corpus.held_out):
       print("data.held_out is 0: nothing is evaluated")
       return lambda state: {}
-    lengths = np.zeros(self.model.vocab, np.int32)
-    lengths[: corpus.tokenizer.vocab] = corpus.tokenizer.byte_lengths()
-    scores = make_evaluate(decoder, lengths, chunk=self.objective.chunk)
+    if isinstance(self.objective, NextToken):
+      lengths = np.zeros(self.model.vocab, np.int32)
+      lengths[: corpus.tokenizer.vocab] = corpus.tokenizer.byte_lengths()
+      scores = make_evaluate(parts.decoder, lengths, chunk=self.objective.chunk)
+    else:
+      scores = make_evaluate_task(parts.task)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-      held_out = held_out_batches(corpus, self.data.batch, rows=place.rows)
+      held_out = in_order(corpus.held_out, self.data.batch, rows=place.rows)
       return scores(averaged(state), map(place.put, held_out))
 
     return evaluate
@@ -312,32 +328,6 @@ class Train:
     )
     params = averaged(restored.state)
     return Result(workdir, restored.step, None, params, decoder, corpus.tokenizer, rows)
-
-  def _write_samples(self, result: Result) -> None:
-    if not self.samples.prompts:
-      return
-    tokenizer = result.tokenizer
-    prompts = self.samples.ids(tokenizer)
-    new = generate(
-      result.decoder,
-      result.params,
-      prompts,
-      self.samples.sampling,
-      tokens=self.samples.tokens,
-      stops=(tokenizer.eos,),
-      seed=self.seed,
-    )
-    # model.vocab may be rounded up: an id past the tokenizer's stands for no text.
-    known = [[i for i in row.tokens if i < tokenizer.vocab] for row in new]
-    texts = [
-      tokenizer.decode([*prompt, *ids])
-      for prompt, ids in zip(prompts, known, strict=True)
-    ]
-    for number, text in enumerate(texts, 1):
-      print(f"\n--- sample {number} ---\n{text}")
-    joined = "\n\n".join(f"--- sample {i} ---\n{t}" for i, t in enumerate(texts, 1))
-    if processes.first():
-      files.write_atomic(result.workdir / "samples.txt", joined + "\n")
 
 
 def check_same_text(restored: Restored, corpus: Corpus, data: Data) -> None:

@@ -1,16 +1,20 @@
 """What a loss is: a numerator, a denominator and metrics, summed before dividing."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, head_weight
-from jaxlm.ops.losses import LossShape, cross_entropy
+from jaxlm.ops.losses import LossShape, cross_entropy, log_probs
 from jaxlm.shapes import Array, Float, PyTree
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]
+"""Arrays [B, T]; under `shared`, sums over the whole batch of a step."""
+Sums = dict[str, Array]
 
 
 class Ratio(NamedTuple):
@@ -36,6 +40,18 @@ class Objective(Protocol):
     ...
 
 
+class Task(NamedTuple):
+  """An objective, and what it needs beyond the rows of a micro-batch."""
+
+  objective: Objective
+  shared: Callable[[PyTree, Batch], Sums] | None = None
+  """Sums that a loss takes of the whole batch, without gradient. Where a step has
+  several micro-batches they come first, and the objective finds them in the batch; else
+  it makes them of its own batch."""
+  fields: tuple[str, ...] = ()
+  """Arrays of a batch, [B, T] float32, that no row of the data holds."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextToken:
   """Cross-entropy of the next token, weighted by `weights` of the batch."""
@@ -44,12 +60,23 @@ class NextToken:
   """Weight of the squared log-partition in the loss; 1e-4 is usual."""
   chunk: int = 128
   """Positions of each row whose logits are held at a time."""
+  neftune: float = 0.0
+  """Size of the noise on embeddings while training: uniform within this over the root
+  of a sequence's length times the width (Jain et al. 2023); 5 is usual, 0 is none. The
+  length is the sequence's own, so packing changes nothing."""
+  dft: bool = False
+  """Whether each token's loss is weighted by its probability, without gradient (Wu et
+  al. 2025)."""
 
   def __post_init__(self):
     if self.chunk < 1:
       raise InputError(f"objective.chunk: {self.chunk} is not positive.")
     if self.z_loss < 0:
       raise InputError(f"objective.z_loss: {self.z_loss} is negative.")
+    if self.neftune < 0:
+      raise InputError(f"objective.neftune: {self.neftune} is negative.")
+    if self.dft and self.z_loss:
+      raise InputError("objective.z_loss: with dft it must be 0.")
 
 
 def next_token(spec: NextToken, decoder: Decoder) -> Objective:
@@ -61,22 +88,50 @@ def next_token(spec: NextToken, decoder: Decoder) -> Objective:
   shape = LossShape(decoder.layout, spec.chunk, spec.z_loss, decoder.spec.softcap)
 
   def objective(params: PyTree, batch: Batch, rng: Array) -> Terms:
-    del rng
+    noise_BTD = None
+    if spec.neftune:
+      noise_BTD = neftune(spec.neftune, batch["segments"], decoder.spec.dim, rng)
     x_BTD, _ = decoder.apply(
-      {"params": params}, batch["tokens"], batch["positions"], batch["segments"]
+      {"params": params},
+      batch["tokens"],
+      batch["positions"],
+      batch["segments"],
+      noise_BTD=noise_BTD,
     )
     weights_BT = batch["weights"]
     head_DV = head_weight(decoder.spec, params)
-    terms = cross_entropy(shape, x_BTD, head_DV, batch["targets"], weights_BT)
     tokens = jnp.sum(weights_BT)
+    padding = Ratio(
+      jnp.sum(batch["segments"] == 0, dtype=jnp.float32),
+      jnp.asarray(weights_BT.size, jnp.float32),
+    )
+    if spec.dft:
+      logp_BT = log_probs(shape, x_BTD, head_DV, batch["targets"]).target_BT
+      trust_BT = jnp.exp(jax.lax.stop_gradient(logp_BT))
+      nll = Ratio(jnp.sum(-jax.lax.stop_gradient(logp_BT) * weights_BT), tokens)
+      total = jnp.sum(-logp_BT * trust_BT * weights_BT)
+      return Terms(total, tokens, {"nll": nll, "padding": padding})
+    terms = cross_entropy(shape, x_BTD, head_DV, batch["targets"], weights_BT)
     metrics = {
       "nll": Ratio(jnp.sum(terms.nll_BT * weights_BT), tokens),
       "accuracy": Ratio(terms.correct, tokens),
-      "padding": Ratio(
-        jnp.sum(batch["segments"] == 0, dtype=jnp.float32),
-        jnp.asarray(weights_BT.size, jnp.float32),
-      ),
+      "padding": padding,
     }
     return Terms(terms.total, tokens, metrics)
 
   return objective
+
+
+def neftune(
+  size: float, segments_BT: Array, dim: int, rng: Array
+) -> Float[Array, "B T D"]:
+  """Returns noise on embeddings, uniform within size / sqrt(length x dim)."""
+  B, T = segments_BT.shape
+
+  def lengths(segments_T: Array) -> Array:
+    return jnp.bincount(segments_T, length=T + 1)[segments_T]
+
+  length_BT = jnp.maximum(jax.vmap(lengths)(segments_BT), 1).astype(jnp.float32)
+  within_BT = size / jnp.sqrt(length_BT * dim)
+  noise_BTD = jax.random.uniform(rng, (B, T, dim), jnp.float32, -1.0, 1.0)
+  return noise_BTD * within_BT[:, :, None]

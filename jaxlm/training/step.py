@@ -1,7 +1,8 @@
 """The training step: state, batch -> state, metrics; one jit for every objective."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import Batch, Objective, Ratio, Terms
+from jaxlm.training.objective import Batch, Ratio, Sums, Task, Terms
 from jaxlm.training.state import Plan, TrainState, on_device
 
+T = TypeVar("T")
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(
-  objective: Objective,
+  task: Task,
   optimizer: optimizers.Built,
   *,
   micro_batches: int = 1,
@@ -32,7 +34,7 @@ def make_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(state.rng, state.step)
-    terms, grads = accumulate(objective, state.params, batch, rng, micro_batches)
+    terms, grads = accumulate(task, state.params, batch, rng, micro_batches)
     grads = jax.tree.map(lambda g: g / terms.denominator, grads)
     updates, opt_state = optimizer.transform.update(
       grads, state.opt_state, state.params
@@ -51,7 +53,7 @@ def make_step(
 
 
 def accumulate(
-  objective: Objective, params: PyTree, batch: Batch, rng: Array, micro_batches: int
+  task: Task, params: PyTree, batch: Batch, rng: Array, micro_batches: int
 ) -> tuple[Terms, PyTree]:
   """Returns the summed terms and the gradient of the summed numerator, in float32.
 
@@ -60,7 +62,7 @@ def accumulate(
   """
 
   def numerator(params: PyTree, batch: Batch, rng: Array) -> tuple[Array, Terms]:
-    terms = objective(params, batch, rng)
+    terms = task.objective(params, batch, rng)
     return terms.numerator, terms
 
   def gradient(batch: Batch, rng: Array) -> tuple[Terms, PyTree]:
@@ -73,24 +75,36 @@ def accumulate(
   def split(a: Array) -> Array:
     return jnp.moveaxis(a.reshape(-1, micro_batches, *a.shape[1:]), 1, 0)
 
-  def add(sums: Any, micro: tuple[Batch, Array]) -> tuple[Any, None]:
-    return jax.tree.map(jnp.add, sums, gradient(*micro)), None
+  rows = jax.tree.map(split, batch)
+  shared: Sums = {}
+  if task.shared is not None:
+    shared = _summed(partial(task.shared, params), rows)
 
-  micro = (jax.tree.map(split, batch), jax.random.split(rng, micro_batches))
-  first = jax.tree.map(lambda a: a[0], micro)
-  zeros = jax.tree.map(
-    lambda s: jnp.zeros(s.shape, s.dtype),
-    jax.eval_shape(lambda: (objective(params, *first), optimizers.in_float32(params))),
+  def with_shared(rows: Batch, rng: Array) -> tuple[Terms, PyTree]:
+    return gradient(rows | {"shared": shared} if shared else rows, rng)
+
+  return _summed(
+    lambda micro: with_shared(*micro), (rows, jax.random.split(rng, micro_batches))
   )
-  (terms, grads), _ = jax.lax.scan(add, zeros, micro)
-  return terms, grads
+
+
+def _summed(fn: Callable[[Any], T], batches: Any) -> T:
+  """Returns the sum of a function over the leading axis, one call at a time."""
+
+  def add(sums: T, batch: Any) -> tuple[T, None]:
+    return jax.tree.map(jnp.add, sums, fn(batch)), None
+
+  first = jax.tree.map(lambda a: a[0], batches)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, first))
+  return jax.lax.scan(add, zeros, batches)[0]
 
 
 def ratios(terms: Terms) -> Metrics:
   """Returns the loss and the metrics, each sum divided by its own count."""
 
   def divide(ratio: Ratio) -> Array:
-    return ratio.numerator / ratio.denominator
+    # A metric may have nothing to count in this batch.
+    return ratio.numerator / jnp.maximum(ratio.denominator, 1e-9)
 
   loss = terms.numerator / terms.denominator
   return {"loss": loss} | {name: divide(r) for name, r in terms.metrics.items()}

@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm import files
 from jaxlm.data import corpus, sources, tokenizers
+from jaxlm.data.spec import Data, Weighted
 
 SHAKESPEARE = files.path("jaxlm://corpora/shakespeare.jsonl.gz")
 
@@ -44,11 +45,11 @@ def write_jsonl(file, texts):
 def data_of(*found, **fields):
   """A spec of byte tokens whose sources weigh the same, unless told otherwise."""
   weighted = tuple(
-    source if isinstance(source, corpus.Weighted) else corpus.Weighted(source=source)
+    source if isinstance(source, Weighted) else Weighted(source=source)
     for source in found
   )
   defaults = {"tokenizer": tokenizers.Bytes(), "seq_len": 32, "batch": 4}
-  return corpus.Data(sources=weighted, **{**defaults, **fields})
+  return Data(sources=weighted, **{**defaults, **fields})
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def prepared(plays, tmp_path_factory):
   """The scenes by bytes in rows of 64, two sources at weights 3 and 1."""
   folder = tmp_path_factory.mktemp("prepared")
   data = data_of(
-    corpus.Weighted(source=write_jsonl(folder / "a.jsonl", plays[:40]), weight=3.0),
-    corpus.Weighted(source=write_jsonl(folder / "b.jsonl", plays[40:]), weight=1.0),
+    Weighted(source=write_jsonl(folder / "a.jsonl", plays[:40]), weight=3.0),
+    Weighted(source=write_jsonl(folder / "b.jsonl", plays[40:]), weight=1.0),
     seq_len=64,
     batch=8,
     held_out=0.1,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from jaxlm.data import corpus, loader, rows, sources, tokenizers
+from jaxlm.data import corpus, examples, loader, rows, sources, tokenizers
+from jaxlm.data.spec import Weighted
 from jaxlm.errors import InputError
 
 TEXTS = [f"document {index}, " + "word " * (index % 17) for index in range(200)]
@@ -22,7 +23,8 @@ def documents_of(prepared, half):
   """Returns the texts that are whole in one row, from rows of bytes."""
   found = []
   for part in vars(prepared)[half]:
-    for tokens, segments in (part[i] for i in range(len(part))):
+    for row in (part[i] for i in range(len(part))):
+      tokens, segments = row["tokens"], row["segments"]
       for segment in range(1, segments.max() + 1):
         ids = tokens[segments == segment].tolist()
         assert (ids[0], ids[-1]) == (256, 257)
@@ -42,7 +44,7 @@ def test_every_document_is_on_one_side(jsonl, spec, tmp_path):
   assert sorted(train + held_out) == sorted(TEXTS)
   assert not set(train) & set(held_out)
   assert 20 <= len(held_out) <= 60
-  assert [half for _, half, _ in corpus.documents(data)].count("train") == len(train)
+  assert [half for _, half, _ in examples.documents(data)].count("train") == len(train)
 
 
 def test_duplicates_fall_on_one_side(jsonl, spec, tmp_path):
@@ -58,7 +60,7 @@ def test_duplicates_fall_on_one_side(jsonl, spec, tmp_path):
 def test_the_split_depends_on_content_and_seed_alone(jsonl, spec):
   def held(texts, seed):
     data = spec(jsonl("x.jsonl", texts), seed=seed)
-    return {d.content for _, half, d in corpus.documents(data) if half == "held_out"}
+    return {d.content for _, half, d in examples.documents(data) if half == "held_out"}
 
   assert held(TEXTS, 0) == held(TEXTS[::-1], 0) != held(TEXTS, 1)
   assert held(TEXTS, 0) & set(TEXTS[:90]) == held(TEXTS[:90], 0)
@@ -68,7 +70,7 @@ def test_no_held_out(jsonl, spec, tmp_path):
   data = spec(jsonl("x.jsonl", TEXTS), held_out=0.0)
   prepared = corpus.prepare(data, tmp_path / "cache")
   assert [len(part) for part in prepared.held_out] == [0]
-  assert list(loader.held_out_batches(prepared, 4)) == []
+  assert list(loader.in_order(prepared.held_out, 4)) == []
   assert prepared.report.total("train").documents == 200
 
 
@@ -133,7 +135,7 @@ def test_the_tokenizer_is_trained_on_training_documents_only(
   trained = tokenizers.SentencePiece(vocab=300)
   data = spec(jsonl("x.jsonl", TEXTS), tokenizer=trained, held_out=0.2)
   prepared = corpus.prepare(data, tmp_path / "cache")
-  halves = {d.content: half for _, half, d in corpus.documents(data)}
+  halves = {d.content: half for _, half, d in examples.documents(data)}
   assert sorted(seen) == sorted(text for text in halves if halves[text] == "train")
   assert (only(tmp_path / "cache") / "tokenizer.model").exists()
   assert prepared.tokenizer.vocab == 300
@@ -144,14 +146,14 @@ def test_the_tokenizer_is_trained_on_training_documents_only(
 def test_the_training_sample_is_bounded_and_drawn_from_everywhere(jsonl, spec):
   trained = tokenizers.SentencePiece(vocab=300, train_bytes=2000)
   data = spec(jsonl("x.jsonl", TEXTS), tokenizer=trained)
-  sample, size = corpus._scan(data)
+  sample, size = corpus._scan(data, None)
   assert size == sum(map(len, TEXTS))
   assert 2000 <= sum(map(len, sample)) < 2200
   places = [TEXTS.index(text) for text in sample]
   assert min(places) < 50
   assert max(places) > 150
   backwards = spec(jsonl("y.jsonl", TEXTS[::-1]), tokenizer=trained)
-  assert corpus._scan(backwards)[0] == sample
+  assert corpus._scan(backwards, None)[0] == sample
 
 
 def test_token_ids_skip_the_tokenizer(jsonl, spec, tmp_path):
@@ -179,15 +181,16 @@ def test_a_killed_preparation_is_never_used(jsonl, spec, tmp_path):
   program = f"""
     import os, signal
     from jaxlm.data import corpus, rows, sources, tokenizers
+    from jaxlm.data.spec import Data, Weighted
     pack, packed = rows.Writer.pack, []
-    def pack_one(self, seq_len):
+    def pack_one(self, seq_len, **options):
       if packed:
         os.kill(os.getpid(), signal.SIGKILL)
-      packed.append(pack(self, seq_len))
+      packed.append(pack(self, seq_len, **options))
       return packed[0]
     rows.Writer.pack = pack_one
     source = sources.Jsonl(path={source.path!r})
-    data = corpus.Data(sources=(corpus.Weighted(source=source),), seq_len=32, batch=4,
+    data = Data(sources=(Weighted(source=source),), seq_len=32, batch=4,
                        tokenizer=tokenizers.Bytes())
     corpus.prepare(data, {str(tmp_path / "cache")!r})
   """
@@ -204,7 +207,7 @@ def test_a_killed_preparation_is_never_used(jsonl, spec, tmp_path):
 
 
 def test_a_failed_preparation_leaves_nothing(jsonl, spec, tmp_path, monkeypatch):
-  monkeypatch.setattr(rows.Writer, "pack", lambda self, seq_len: 1 / 0)
+  monkeypatch.setattr(rows.Writer, "pack", lambda *_, **__: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     corpus.prepare(spec(jsonl("x.jsonl", TEXTS)), tmp_path / "cache")
   assert not list((tmp_path / "cache").iterdir())
@@ -323,7 +326,7 @@ def test_spec_names_the_field(spec, fields, told):
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_weight_is_positive(weight):
   with pytest.raises(InputError, match="weight"):
-    corpus.Weighted(source=sources.Jsonl(path="x"), weight=weight)
+    Weighted(source=sources.Jsonl(path="x"), weight=weight)
 
 
 def test_token_ids_need_the_model_that_made_them(spec):
@@ -343,7 +346,7 @@ def test_mixture_weights_hold_in_batches(prepared):
   one = loader.mixture.mix(made.train, made.weights, data.seed)
   counts = [0, 0]
   for index in range(400):
-    counts[of_row[one[index][0].tobytes()]] += 1
+    counts[of_row[one[index]["tokens"].tobytes()]] += 1
   assert counts == [300, 100]
 
 
@@ -374,7 +377,9 @@ def test_the_whole_path_on_real_text(plays, jsonl, spec, tmp_path):
   with loader.Loader(prepared, data, rows=range(4), start=0) as batches:
     seen = list(itertools.islice(batches, 20))
   everything = "".join(plays[:12])
-  held_out = [d.content for _, half, d in corpus.documents(data) if half == "held_out"]
+  held_out = [
+    d.content for _, half, d in examples.documents(data) if half == "held_out"
+  ]
   for batch in seen:
     for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
       for segment in range(1, segments.max() + 1):

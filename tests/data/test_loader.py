@@ -47,7 +47,7 @@ def test_batches_are_the_examples_of_the_global_order(prepared):
   batches = take(prepared, rows=range(8), start=0, count=3)
   one = loader.mixture.mix(corpus.train, corpus.weights, data.seed)
   for step, row in ((0, 0), (1, 3), (2, 7)):
-    tokens, _ = one[step * 8 + row]
+    tokens = one[step * 8 + row]["tokens"]
     np.testing.assert_array_equal(batches[step]["tokens"][row], tokens[:-1])
 
 
@@ -102,7 +102,7 @@ def test_every_held_out_byte_counts_once(prepared, batch):
   _, corpus = prepared
   lengths = corpus.tokenizer.byte_lengths()
   total = corpus.report.total("held_out")
-  batches = list(loader.held_out_batches(corpus, batch))
+  batches = list(loader.in_order(corpus.held_out, batch))
   assert {array.shape for b in batches for array in b.values()} == {(batch, 64)}
   weights = [b["weights"].astype(np.int64) for b in batches]
   assert sum(w.sum() for w in weights) == total.tokens
@@ -114,9 +114,9 @@ def test_every_held_out_byte_counts_once(prepared, batch):
 
 def test_held_out_rows_of_a_process(prepared):
   _, corpus = prepared
-  whole = list(loader.held_out_batches(corpus, 6))
+  whole = list(loader.in_order(corpus.held_out, 6))
   for rows in ([0, 1, 2], [5, 3]):
-    part = list(loader.held_out_batches(corpus, 6, rows=rows))
+    part = list(loader.in_order(corpus.held_out, 6, rows=rows))
     assert_equal(part, [{k: v[rows] for k, v in batch.items()} for batch in whole])
 
 
@@ -126,7 +126,7 @@ def test_rows_out_of_range(prepared, rows):
   with pytest.raises(InputError, match="not rows of a batch of 8"):
     loader.Loader(corpus, data, rows=rows, start=0)
   with pytest.raises(InputError, match="not rows of a batch of 8"):
-    next(loader.held_out_batches(corpus, 8, rows=rows))
+    next(loader.in_order(corpus.held_out, 8, rows=rows))
 
 
 def test_a_start_before_the_first_step(prepared):

@@ -18,10 +18,16 @@ LENGTHS = {
 
 def pack(documents, seq_len, block=7):
   plan = packing.plan(np.array([len(d) for d in documents], np.int64), seq_len)
-  blocks = packing.rows(
-    plan, lambda index: np.array(documents[index]), seq_len=seq_len, block=block
+  blocks = list(
+    packing.rows(
+      plan,
+      lambda index: {"tokens": np.array(documents[index])},
+      {"tokens": np.dtype(int)},
+      seq_len=seq_len,
+      block=block,
+    )
   )
-  tokens, segments = zip(*blocks, strict=True) if plan.rows else ((), ())
+  tokens, segments = ([b[name] for b in blocks] for name in ("tokens", "segments"))
   empty = [np.zeros((0, seq_len + 1), int)]
   return np.concatenate([*empty, *tokens]), np.concatenate([*empty, *segments])
 

@@ -124,6 +124,17 @@ def test_parts_have_the_ids_of_the_whole(made, tokenizer, kind):
   assert tokenizer.encode_parts([]) == tokenizer.encode_parts([""]) == []
 
 
+def test_words_right_after_words_go_on_with_them(tokenizer):
+  parts = ["on", "", "e tw", "o", 3, "thr", " ", "ee", 2]
+  each = tokenizer.encode_each(parts)
+  assert [i for ids in each for i in ids] == tokenizer.encode_parts(parts)
+  found = [b"".join(tokenizer.pieces[i] for i in ids).decode() for ids in each]
+  assert "".join(found[:4]).lstrip() == "one two"
+  assert "".join(found[5:]).lstrip() == "thr ee"
+  assert found[1:4] == ["", "e tw", "o"]
+  assert found[6:] == [" ", "ee", ""]
+
+
 @pytest.mark.parametrize("kind", ["first", "never", "bytes"])
 def test_an_added_word_at_the_start_takes_the_place_of_the_space(made, tokenizer, kind):
   text = "<call>word"
@@ -447,7 +458,8 @@ def test_rows_depend_on_the_files_and_not_on_their_place(
   assert two.report.reused
   assert one.fingerprint == two.fingerprint
   assert two.tokenizer.fingerprint() == one.tokenizer.fingerprint()
-  tokens, segments = one.train[0][0]
+  row = one.train[0][0]
+  tokens, segments = row["tokens"], row["segments"]
   first = tokens[segments == 1].tolist()
   assert (first[0], first[-1]) == (1, 2)
   assert one.tokenizer.decode(first) in texts

@@ -65,6 +65,9 @@ def test_what_all_tokenizers_tell(tokenizer):
   inside, after = tokenizer.encode("a b"), tokenizer.encode(" c")
   ids = [tokenizer.bos, *inside, tokenizer.eos, *after]
   assert tokenizer.encode_parts(parts) == ids
+  each = [[tokenizer.bos], inside, [tokenizer.eos], [], after]
+  assert tokenizer.encode_each(parts) == each
+  assert tokenizer.decode(tokenizer.encode_parts(["to", "", "be", " or"])) == "tobe or"
   assert tokenizer.decode(ids) == "a b c"
 
 
@@ -163,6 +166,9 @@ def test_a_space_in_front_decodes_to_none(tmp_path, text):
   assert tokenizer.encode_parts([text, 1, "letters"])[: len(ids) + 1] == [*ids, 1]
   after = tokenizer.encode_parts(["x", 1, "letters"])
   assert b"".join(tokenizer.pieces[index] for index in after) == b" xletters"
+  words = tokenizer.encode_each(["x", "y", 1, "", "z"])
+  found = [b"".join(tokenizer.pieces[index] for index in ids) for ids in words]
+  assert found == [b" x", b"y", b"", b"", b"z"]
 
 
 def test_a_model_without_ends(tmp_path):

@@ -12,7 +12,7 @@ from jaxlm.models.spec import GLU, GQA, LM, Block, Keep, Precision
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import NextToken, next_token
+from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
 from jaxlm.training.state import axes_of, create
 from jaxlm.training.step import compile_step, make_step
@@ -36,7 +36,7 @@ def built(remat: str, fsdp: int, repeats: int = 8):
   batch = {name: jax.ShapeDtypeStruct(shape, "int32") for name in ints}
   batch["weights"] = jax.ShapeDtypeStruct(shape, "float32")
   with jax.numpy_dtype_promotion("standard"):
-    compiled = compile_step(make_step(objective, optimizer), plan, layout, batch)
+    compiled = compile_step(make_step(Task(objective), optimizer), plan, layout, batch)
   work = memory.Work(ROWS / fsdp, LENGTH, CHUNK)
   return memory.predict(decoder, plan, work), compiled.memory_analysis()
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops.losses import LossShape, cross_entropy
+from jaxlm.ops.losses import LossShape, cross_entropy, log_probs
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout
 
@@ -157,3 +157,48 @@ def test_a_split_vocabulary_and_split_rows_give_the_same_numbers():
   found, wanted = jax.tree.leaves(run(sharded)), jax.tree.leaves(run(LAYOUT))
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+LOG_PROBS = {
+  "plain": LossShape(LAYOUT, 4),
+  "softcap and temperature": LossShape(LAYOUT, 5, 0.0, 2.0, 0.7),
+  "vocabulary and rows split": LossShape(
+    Layout(make_mesh(Mesh(data=1, fsdp=2, tensor=4))), 5, 0.0, 2.0, 1.3
+  ),
+}
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+def test_log_probs_under_any_function_equal_a_plain_log_softmax(name):
+  shape = LOG_PROBS[name]
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(4, T, 8)), jnp.float32)
+  head = jnp.asarray(rng.normal(size=(8, 12)), jnp.float32)
+  targets = jnp.asarray(rng.integers(0, 12, (4, T)), jnp.int32)
+
+  def whole(x, head):
+    logits = jnp.einsum("BTD,DV->BTV", x, head)
+    if shape.softcap is not None:
+      logits = shape.softcap * jnp.tanh(logits / shape.softcap)
+    log_BTV = jax.nn.log_softmax(logits / shape.temperature)
+    entropy = -jnp.sum(jnp.exp(log_BTV) * log_BTV, axis=-1)
+    squares = jax.nn.logsumexp(2 * log_BTV, axis=-1)
+    chosen = jnp.take_along_axis(log_BTV, targets[:, :, None], axis=-1)[:, :, 0]
+    return chosen, entropy, squares
+
+  def chunked(x, head):
+    out = log_probs(shape, x, head, targets)
+    return out.target_BT, out.spread.entropy_BT, out.spread.log_squares_BT
+
+  def squared(form):
+    # A function of a row's sum, as preferences are: its gradient differs by token.
+    def value(x, head):
+      found = form(x, head)
+      return jnp.sum(jnp.square(jnp.sum(found[0], axis=1)) * 0.01), found
+
+    return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
+
+  (_, found), found_grads = squared(chunked)(x, head)
+  (_, wanted), wanted_grads = squared(whole)(x, head)
+  for ours, theirs in zip(found + found_grads, wanted + wanted_grads, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)

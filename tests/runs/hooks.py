@@ -20,7 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm.runs import assembled, train
+from jaxlm.posttrain import objectives
+from jaxlm.runs import train
 from jaxlm.training import checkpoints
 from jaxlm.training.objective import next_token
 from jaxlm.trees import named_leaves
@@ -110,7 +111,7 @@ def hooked(record, kill=None, hold=None, term=None, process=0):
   compiled, store_class = train.compiled, train.Store
   all_hashes = checkpoints._hashes
   with (
-    mock.patch.object(assembled, "next_token", noisy),
+    mock.patch.object(objectives, "make_next_token", noisy),
     mock.patch.object(train, "compiled", lambda *args: Recorded(compiled(*args))),
     mock.patch.object(train, "Store", make_store),
     mock.patch.object(checkpoints, "_hashes", hashes),

@@ -16,7 +16,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.launch import local
-from jaxlm.runs import assembled
+from jaxlm.posttrain import objectives
 from jaxlm.training.checkpoints import steps_in
 from runs import hooks
 from runs.conftest import TINY
@@ -71,7 +71,7 @@ def single(text, tmp_path_factory):
   """The run of one process, this one, with eight devices."""
   workdir = tmp_path_factory.mktemp("single") / "w"
   cfg = config.override(config.load(f"{TINY}:text={text}"), ["samples.tokens=4"])
-  noisy = mock.patch.object(assembled, "next_token", hooks.noisy)
+  noisy = mock.patch.object(objectives, "make_next_token", hooks.noisy)
   with noisy, jax.numpy_dtype_promotion("standard"):
     cfg.run(workdir)
   return workdir

@@ -1,10 +1,11 @@
 """A config that trains in a second: bytes, two narrow layers, a little text."""
 
-from jaxlm.data.corpus import Data, Weighted
 from jaxlm.data.sources import Jsonl
+from jaxlm.data.spec import Data, Weighted
 from jaxlm.data.tokenizers import Bytes
 from jaxlm.models.spec import GLU, GQA, LM, Block
-from jaxlm.runs.train import Samples, Train
+from jaxlm.runs.samples import Samples
+from jaxlm.runs.train import Train
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.optimizers import AdamW
 from jaxlm.training.schedules import WarmupCosine

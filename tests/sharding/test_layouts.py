@@ -22,7 +22,7 @@ from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import optimizers, schedules
-from jaxlm.training.objective import NextToken, next_token
+from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.state import Moments, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 from jaxlm.trees import named_leaves
@@ -147,7 +147,7 @@ def run(model: str, place: Place, devices: int = 8) -> Seen:
   objective = next_token(NextToken(z_loss=1e-2, chunk=5), decoder)
   plan, make = create(decoder, built.transform, 3, ema=False, moments=place.moments)
   rows = packed_rows()
-  step = make_step(objective, built, micro_batches=MICRO_BATCHES[model])
+  step = make_step(Task(objective), built, micro_batches=MICRO_BATCHES[model])
   shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in rows.items()}
   with jax.numpy_dtype_promotion("standard"):  # optax needs it
     compiled = compile_step(step, plan, layout, shapes)

@@ -16,7 +16,7 @@ from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import NextToken, next_token
+from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
 from jaxlm.training.state import axes_of, create
 from jaxlm.training.step import compile_step, make_step
@@ -63,7 +63,7 @@ def setup(spec, mesh=ONE, *, ema=None, micro_batches=1, decoder=None, steps=100)
   built = optimizers.build(spec, steps, axes_of(decoder))
   plan, first = create(decoder, built.transform, 0, ema=ema is not None)
   step = make_step(
-    next_token(NextToken(chunk=16), decoder),
+    Task(next_token(NextToken(chunk=16), decoder)),
     built,
     micro_batches=micro_batches,
     ema_decay=ema,

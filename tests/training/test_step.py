@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.training import optimizers
-from jaxlm.training.objective import NextToken, Ratio, Terms, next_token
+from jaxlm.training.objective import NextToken, Ratio, Task, Terms, next_token
 from jaxlm.training.state import TrainState, axes_of, create
 from jaxlm.training.step import accumulate, make_step, ratios
 from jaxlm.trees import named_leaves
@@ -29,7 +29,7 @@ def gradients(micro_batches, mesh=small.ONE, rows=None, z_loss=1e-3):
   else:
     batch = {name: jnp.asarray(v[rows]) for name, v in small.batch().items()}
   run = jax.jit(
-    lambda p, b: accumulate(objective, p, b, jax.random.key(0), micro_batches)
+    lambda p, b: accumulate(Task(objective), p, b, jax.random.key(0), micro_batches)
   )
   terms, grads = run(first_state(decoder).params, batch)
   return terms, {name: np.asarray(g) for name, g in named_leaves(grads).items()}
@@ -91,7 +91,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
   x = np.ones((513,), np.float32)
   x[0] = 512
   params = {"w": jnp.ones((1,), jnp.bfloat16)}
-  terms, grads = accumulate(objective, params, {"x": x}, jax.random.key(0), 513)
+  terms, grads = accumulate(Task(objective), params, {"x": x}, jax.random.key(0), 513)
   assert grads["w"].dtype == jnp.float32
   assert float(grads["w"][0]) == 1024
   assert float(terms.denominator) == 513
@@ -117,7 +117,7 @@ def test_metrics_average_and_step_by_hand():
   built = optimizers.build(SPEC, 10, axes_of(decoder))
   plan, first = create(decoder, built.transform, 0, ema=True)
   objective = next_token(NextToken(chunk=16), decoder)
-  step = jax.jit(make_step(objective, built, ema_decay=0.75))
+  step = jax.jit(make_step(Task(objective), built, ema_decay=0.75))
   before, batch = first(), small.on_mesh(decoder.layout, small.batch())
   after, metrics = step(before, batch)
   assert {m.dtype for m in metrics.values()} == {jnp.dtype("float32")}
@@ -175,7 +175,7 @@ def test_the_draw_depends_on_the_step_and_the_seed():
     return Terms(total, one, {"draw": Ratio(draw, one)})
 
   built = optimizers.build(SPEC, 10, {"w": ("norm",)})
-  step = make_step(objective, built)
+  step = make_step(Task(objective), built)
   params = {"w": jnp.ones((2,))}
 
   def draw(number, seed):
