@@ -105,6 +105,8 @@ class Unit(NamedTuple):
   row's own completion and, for KL, another row's."""
   value: float
   """The margin of a pair, 1.0 or 0.0 for a label, else 0.0."""
+  prompted: bool = False
+  """Whether others may answer the same prompt: a preference or a label."""
 
 
 def sequences_of(source: Source) -> int:
@@ -157,9 +159,10 @@ def read_units(source: Source, field: str, tokenizer: Tokenizer) -> Iterator[Uni
         rows = _with_mismatched(list(rows))
       supervised = source.supervised if isinstance(source, Chats) else _REPLIES
       units = (_unit(row, supervised, tokenizer, template) for row in rows)
+    prompted = isinstance(source, Preferences | Labelled)
     for unit in units:
       empty = False
-      yield unit
+      yield unit._replace(prompted=prompted)
   if empty:
     raise InputError(
       f"{field}.path: no row in {source.path} ({len(found)} files, all empty)."

@@ -37,7 +37,7 @@ from jaxlm.data.spec import Data, Source
 from jaxlm.errors import InputError
 
 # Written into every cache's name: raise it when the same input gives other rows.
-FORMAT = 2
+FORMAT = 3
 HALVES = ("train", "held_out")
 REPORT_FILE = "report.json"
 _PROGRESS_BYTES = 4_000_000

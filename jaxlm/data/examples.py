@@ -49,7 +49,7 @@ def digest(document: sources.Document | conversations.Unit, seed: int) -> int:
   """Returns a hash that says which half it belongs to."""
   if isinstance(document, conversations.Unit):
     first = document.sequences[0]
-    prompt = first.supervised.index(True) if len(document.sequences) > 1 else None
+    prompt = first.supervised.index(True) if document.prompted else None
     content = np.array(first.ids[:prompt])
   else:
     content = document.content
@@ -75,21 +75,9 @@ def text_fields(
 
 def unit_fields(data: Data, unit: conversations.Unit) -> dict[str, np.ndarray] | None:
   """Returns the fields of a conversation or pair; None where it is left out."""
-  room = data.seq_len
-  parts = unit.sequences
-  if sum(len(part.ids) for part in parts) > room:
-    if data.truncate == "drop":
-      return None
-    share = room // len(parts)
-    cut = slice(-share, None) if data.truncate == "start" else slice(share)
-    parts = [
-      part._replace(
-        ids=part.ids[cut],
-        supervised=part.supervised[cut],
-        labels=None if part.labels is None else part.labels[cut],
-      )
-      for part in parts
-    ]
+  parts = _fitted(data, unit.sequences)
+  if parts is None:
+    return None
   weights = [np.array(part.supervised, np.float32) for part in parts]
   for part in weights:
     part[0] = 0  # nothing comes before it that could predict it
@@ -109,6 +97,34 @@ def unit_fields(data: Data, unit: conversations.Unit) -> dict[str, np.ndarray] |
     "labels": np.concatenate(labels).astype(np.int32),
     "part": np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts]),
   }
+
+
+def _fitted(
+  data: Data, parts: tuple[conversations.Tokens, ...]
+) -> list[conversations.Tokens] | None:
+  """Returns the sequences cut to fit into a row; None where they cannot be."""
+  room, lengths = data.seq_len, [len(part.ids) for part in parts]
+  over = sum(lengths) - room
+  if over <= 0:
+    return list(parts)
+  if data.truncate == "drop":
+    return None
+  if data.truncate == "start":
+    each = -(-over // len(parts))
+    if len(parts) > 1 and any(part.supervised.index(True) <= each for part in parts):
+      return None  # no prompt would be left
+    cuts = [slice(each, None)] * len(parts)
+  else:
+    longest = max(room // len(parts), room - min(lengths) * (len(parts) - 1))
+    cuts = [slice(longest)] * len(parts)
+  return [
+    part._replace(
+      ids=part.ids[cut],
+      supervised=part.supervised[cut],
+      labels=None if part.labels is None else part.labels[cut],
+    )
+    for part, cut in zip(parts, cuts, strict=True)
+  ]
 
 
 def _ids(tokenizer: tokenizers.Tokenizer, document: sources.Document) -> list[int]:

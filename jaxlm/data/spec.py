@@ -44,11 +44,12 @@ class Data:
   """Rows of a batch over all processes, B."""
   truncate: Truncate = "drop"
   """What becomes of a conversation that is longer than a row: it is left out, or cut at
-  its start or end; of several sequences that share a row, each gets an even part."""
+  its start or end. Of a pair the start of the prompt is cut alike in both."""
   per_row: int = 16
   """Most conversations, or pairs, that share a row; 1: none does. Text has no limit."""
   even: bool = False
-  """Whether each conversation weighs the same instead of each supervised token."""
+  """Whether each conversation weighs the same instead of each supervised token; not
+  beside text, which has no conversations."""
   held_out: float = 0.05
   """Share of the documents kept for evaluation, chosen by their content; 0: none."""
   seed: int = 0
@@ -83,6 +84,9 @@ class Data:
             f"data.tokenizer.model: none, but data.sources.{index} is "
             f"{type(weighted.source).__name__}; give a model that is made already."
           )
+    talks = [isinstance(w.source, conversations.Source) for w in self.sources]
+    if self.even and not all(talks):
+      raise InputError("data.even: a source of text has no conversations; give False.")
     counts = {_sequences(weighted.source) for weighted in self.sources}
     if len(counts) > 1:
       kinds = ", ".join(type(weighted.source).__name__ for weighted in self.sources)

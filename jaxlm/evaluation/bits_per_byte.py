@@ -36,7 +36,8 @@ def make_evaluate(
     x_BTD, _ = decoder.apply(
       {"params": params}, batch["tokens"], batch["positions"], batch["segments"]
     )
-    weights_BT = batch["weights"]
+    # Weights may share a conversation's among its tokens; here each token is a token.
+    weights_BT = (batch["weights"] > 0).astype(jnp.float32)
     head_DV = head_weight(decoder.spec, params)
     terms = cross_entropy(shape, x_BTD, head_DV, batch["targets"], weights_BT)
     return {

@@ -17,7 +17,8 @@ def make_evaluate_task(
 ) -> Callable[[PyTree, Iterable[dict[str, Array]]], Scores]:
   """Returns a function from parameters and batches to scores over all of the batches.
 
-  Scores are the loss and the objective's metrics; without anything to score it raises
+  Scores are the loss and the objective's metrics, but for those that nothing held out
+  counts for; without anything to score it raises
   InputError. What a loss takes of a whole batch, it takes of each of these.
   """
 
@@ -38,7 +39,9 @@ def make_evaluate_task(
 
     found = {"held_out/loss": mean([(p.numerator, p.denominator) for p in parts])}
     for name in parts[0].metrics:
-      found[f"held_out/{name}"] = mean([p.metrics[name] for p in parts])
+      sums = [p.metrics[name] for p in parts]
+      if any(float(below) for _, below in sums):
+        found[f"held_out/{name}"] = mean(sums)
     return found
 
   return evaluate

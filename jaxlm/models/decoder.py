@@ -247,8 +247,22 @@ class Decoder(nn.Module):
     return layers(x_BTD, caches, positions_BT, segments_BT)
 
 
+def _require_logits(model: specs.LM) -> None:
+  """Raises InputError where the model has scores in place of logits."""
+  if model.scores is not None:
+    raise InputError(
+      f"model.scores: {model.scores}; a reward model has no logits and writes no text. "
+      "configs/score.py asks it for scores."
+    )
+
+
 def head_weight(model: specs.LM, params: PyTree) -> Float[Array, "D V"]:
-  """Returns the matrix from the residual stream to logits."""
+  """Returns the matrix from the residual stream to logits.
+
+  Raises:
+    InputError: the model has scores in their place.
+  """
+  _require_logits(model)
   return params["embed"]["table"].T if model.head == "tied" else params["head"]
 
 
@@ -256,6 +270,7 @@ def logits(
   model: specs.LM, params: PyTree, x_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
   """Returns float32 logits; the loss never calls this, it works in chunks."""
+  _require_logits(model)
   tied = model.head == "tied"
   weight = params["embed"]["table"] if tied else params["head"]
   equation = "BTD,VD->BTV" if tied else "BTD,DV->BTV"

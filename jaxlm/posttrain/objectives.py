@@ -15,7 +15,8 @@ from jaxlm.data.spec import Data
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, head_weight
 from jaxlm.models.spec import LM
-from jaxlm.ops.losses import LogProbs, LossShape, log_probs
+from jaxlm.ops.losses import LossShape, log_probs
+from jaxlm.posttrain import pairs as preference
 from jaxlm.posttrain import reward
 from jaxlm.posttrain.contrastive import Contrastive, contrastive
 from jaxlm.posttrain.kto import KTO, kl_baseline, kto
@@ -133,7 +134,7 @@ def check(spec: Spec, data: Data, model: LM, micro_batches: int) -> None:
     raise InputError(f"data.even: objective={name} has no weights of tokens.")
   if isinstance(spec, Unpaired) and data.sequences != (2 if _has_kl(spec) else 1):
     raise InputError(
-      f"data.sources: kl={not _has_kl(spec)}, but {spec.loss.method!r} needs "
+      f"data.sources.0.source.kl: {not _has_kl(spec)}, but {spec.loss.method!r} needs "
       f"kl={_has_kl(spec)}."
     )
   if model.scores != SCORES.get(type(spec)):
@@ -174,7 +175,8 @@ def _preference(spec: Preference, decoder: Decoder, examples: int) -> Task:
   loss = spec.loss
   tail = loss.length_tail if isinstance(loss, DPO) else None
   sft = loss.sft_weight if isinstance(loss, DPO) else loss.nll
-  whole = isinstance(loss, Contrastive) and loss.method == "orpo"
+  whole = isinstance(loss, Contrastive) and loss.nll_over == "sequence"
+  fields = (REFERENCE,) if needs_reference(spec) else ()
 
   def counts(slots: Slots, batch: Batch) -> Sums:
     """Pairs, and the tokens of the chosen ones that the NLL is over."""
@@ -191,7 +193,7 @@ def _preference(spec: Preference, decoder: Decoder, examples: int) -> Task:
     del rng
     slots = Slots.of(batch["segments"], examples, 2)
     found = target_log_probs(decoder, spec.chunk, params, batch)
-    both = completions(slots, batch, found, tail=tail)
+    both = completions(slots, batch, found, reference=bool(fields), tail=tail)
     present_BU = _present(slots, batch)
     pairs = Pairs(transposed(both, 0), transposed(both, 1), present_BU)
     if isinstance(loss, DPO):
@@ -211,7 +213,6 @@ def _preference(spec: Preference, decoder: Decoder, examples: int) -> Task:
     metrics = terms.metrics | {"nll_chosen": Ratio(nll, here)}
     return Terms(terms.numerator + sft * scale * nll, terms.denominator, metrics)
 
-  fields = (REFERENCE,) if needs_reference(spec) else ()
   return Task(objective, shared if sft else None, fields)
 
 
@@ -222,26 +223,26 @@ def _unpaired(spec: Unpaired, decoder: Decoder, examples: int) -> Task:
   def look(params: PyTree, batch: Batch):
     slots = Slots.of(batch["segments"], examples, sequences)
     found = target_log_probs(decoder, spec.chunk, params, batch)
-    return slots, completions(slots, batch, found), found
+    return slots, completions(slots, batch, found, reference=True)
 
-  def baseline(slots: Slots, batch: Batch, found: LogProbs) -> Sums:
+  def baseline(slots: Slots, batch: Batch, sums: preference.Sums) -> Sums:
     """Log-ratios of the mismatched completions, which estimate the divergence."""
-    other = transposed(completions(slots, batch, found), 1)
+    other = transposed(sums, 1)
     present_BU = _present(slots, batch)
     ratio_BU = jax.lax.stop_gradient(other.policy - other.reference)
     return {"ratio": jnp.sum(ratio_BU * present_BU), "count": jnp.sum(present_BU)}
 
   def shared(params: PyTree, batch: Batch) -> Sums:
-    slots, _, found = look(jax.lax.stop_gradient(params), batch)
-    return baseline(slots, batch, found)
+    slots, sums = look(jax.lax.stop_gradient(params), batch)
+    return baseline(slots, batch, sums)
 
   def objective(params: PyTree, batch: Batch, rng: Array) -> Terms:
     del rng
-    slots, sums, found = look(params, batch)
+    slots, sums = look(params, batch)
     own, present_BU = transposed(sums, 0), _present(slots, batch)
     kl = jnp.zeros((), jnp.float32)
     if sequences == 2:
-      over = batch["shared"] if "shared" in batch else baseline(slots, batch, found)
+      over = batch["shared"] if "shared" in batch else baseline(slots, batch, sums)
       kl = kl_baseline(over["ratio"], over["count"])
     label_BU = slots.first(batch["values"])
     losses = kto(loss, own.policy, own.reference, label_BU, present_BU, kl)

@@ -32,13 +32,13 @@ class Slots(NamedTuple):
 
   def sums(self, values_BT: Float[Array, "B T"]) -> Float[Array, "B U K"]:
     """Returns the sum of values over each sequence."""
-    sums_BS = jnp.einsum("BT,BTS->BS", values_BT, self.member_BTS)
+    sums_BS = _exact("BT,BTS->BS", values_BT, self.member_BTS)
     return sums_BS.reshape(sums_BS.shape[0], -1, self.sequences)
 
   def at_tokens(self, values_BUK: Float[Array, "B U K"]) -> Float[Array, "B T"]:
     """Returns each sequence's value at its positions."""
     values_BS = values_BUK.reshape(values_BUK.shape[0], -1)
-    return jnp.einsum("BS,BTS->BT", values_BS, self.member_BTS)
+    return _exact("BS,BTS->BT", values_BS, self.member_BTS)
 
   def first(self, values_BT: Float[Array, "B T"]) -> Float[Array, "B U"]:
     """Returns what all positions of an example hold, from its first sequence."""
@@ -47,16 +47,22 @@ class Slots(NamedTuple):
     return total_BU / jnp.maximum(count_BU, 1.0)
 
 
+def _exact(equation: str, values: Array, member_BTS: Array) -> Array:
+  """Returns a sum in float32: accelerators would round its factors."""
+  return jnp.einsum(equation, values, member_BTS, precision=jax.lax.Precision.HIGHEST)
+
+
 def completions(
   slots: Slots,
   batch: Batch,
   found: LogProbs,
   *,
+  reference: bool,
   tail: float | None = None,
 ) -> Sums:
   """Returns the sums of every sequence's supervised tokens, [B, U, K].
 
-  Without `reference` in the batch, the reference is 0. With `tail`, tokens past the
+  Without a reference it is 0. With `tail`, tokens past the
   length of the shortest sequence of an example count by this factor, under policy and
   reference alike (LD-DPO, Liu et al. 2024).
   """
@@ -69,7 +75,7 @@ def completions(
     )
     past_BT = _place(slots, mask_BT) >= slots.at_tokens(shortest_BUK)
     counted_BT = jnp.where(past_BT, tail, 1.0) * mask_BT
-  reference_BT = batch.get("reference", jnp.zeros_like(mask_BT))
+  reference_BT = batch["reference"] if reference else jnp.zeros_like(mask_BT)
   sure_BT = jax.lax.stop_gradient(found.target_BT) - found.spread.log_squares_BT
   return Sums(
     policy=slots.sums(found.target_BT * counted_BT),

@@ -57,6 +57,8 @@ def attach(
   corpus: Corpus,
   workdir: epath.Path,
   initial: Callable[[], PyTree],
+  *,
+  resumed: bool,
 ) -> Corpus:
   """Returns the corpus with the field `reference` in all of its rows.
 
@@ -64,14 +66,15 @@ def attach(
     reference: the model and how batches get onto the mesh.
     corpus: the rows.
     workdir: holds the record of which weights they are.
-    initial: gives the weights that the run started from; called where files are missing
-      or this run has no record yet.
+    initial: gives the weights that the run started from; of a resumed run it is called
+      only where files are missing.
+    resumed: whether the run goes on from a checkpoint; then the record must hold.
 
   Raises:
     InputError: the files are damaged, or the initial weights are not the recorded ones.
   """
   folder, record = Path(corpus.report.place), workdir / RECORD
-  key = json.loads(record.read_text())["weights"] if record.exists() else None
+  key = json.loads(record.read_text())["weights"] if resumed else None
   if key is not None and _agreed(_complete(folder, key)):
     print(f"reference: log-probabilities found in {folder}")
     return _load(folder, key, corpus)
@@ -100,7 +103,9 @@ def fingerprint(decoder: Decoder, params: PyTree) -> str:
   state = xxhash.xxh3_128()
   state.update(config.to_json(decoder.spec).encode())
   state.update(decoder.precision.compute.encode())
-  hashes = jax.device_get(jax.jit(lambda p: jax.tree.map(_mixed, p))(params))
+  whole = decoder.layout.sharding()
+  mixed = jax.jit(lambda p: jax.tree.map(_mixed, p), out_shardings=whole)
+  hashes = jax.device_get(mixed(params))
   for name, value in sorted(named_leaves(hashes).items()):
     state.update(f"{name}={int(value[0])},{int(value[1])};".encode())
   return state.hexdigest()

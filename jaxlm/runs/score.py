@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -74,11 +75,12 @@ class Score:
         raise InputError(
           f"{unit.where}: {longest} tokens; length is {self.length}. Raise it."
         )
-    score = jax.jit(lambda batch: scores(decoder, params, batch))
+    score = partial(jax.jit(partial(scores, decoder)), params)
     every = [sequence for unit in units for sequence in unit.sequences]
     found: list[np.ndarray] = []
-    for first in range(0, len(every), self.batch):
-      found += self._scored(score, every[first : first + self.batch])
+    with jax.default_matmul_precision("highest"):
+      for first in range(0, len(every), self.batch):
+        found += self._scored(score, every[first : first + self.batch])
     per_unit = iter(zip(every, found, strict=True))
     rows = [
       self._row(list(itertools.islice(per_unit, len(unit.sequences)))) for unit in units

@@ -294,7 +294,7 @@ class Train:
       put=place.put,
     )
     first = lambda: (parts.first_state() if start else state).params  # noqa: E731
-    return reference.attach(pass_over, corpus, workdir, first)
+    return reference.attach(pass_over, corpus, workdir, first, resumed=start > 0)
 
   def _evaluator(
     self, parts: Assembled, corpus: Corpus, place: "Placement"

@@ -1,15 +1,16 @@
 """Conversations as rows: what is cut, what is left out, what a token weighs."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jaxlm.data import corpus, loader
+from jaxlm.data import corpus, examples, loader
 from jaxlm.data.conversations import Chats, Labelled, Preferences
 from jaxlm.data.sources import Jsonl
 from jaxlm.data.spec import Data, Weighted
-from jaxlm.data.tokenizers import Bytes
+from jaxlm.data.tokenizers import Bytes, ByteTokenizer
 from jaxlm.errors import InputError
 
 PAIRS = [
@@ -122,3 +123,23 @@ def test_text_and_chats_are_mixed_and_pairs_with_neither(data, tmp_path):
     assert set(row) == {"tokens", "segments", "weights"}
   with pytest.raises(InputError, match="cannot be mixed: some have 1 sequence"):
     Data(sources=(chats, pairs), tokenizer=Bytes(), seq_len=64, batch=4)
+
+
+def test_a_pair_is_cut_alike_at_its_start(data, tmp_path):
+  rows = [{"prompt": "p" * 30 + "?", "chosen": "yes" * 4, "rejected": "no"}] * 4
+  batch, told = batches(data(rows, Preferences, truncate="start"), tmp_path)
+  assert told.dropped == 0
+  (chosen, _), (rejected, _) = list(segments(batch))[:2]
+  assert chosen.index(b"?") == rejected.index(b"?") < 30
+
+
+def test_an_answer_of_a_prompt_is_never_held_out_alone(data, tmp_path):
+  spec = data(PAIRS, Labelled, held_out=0.4)
+  source = dataclasses.replace(spec.sources[0].source, kl=False)
+  spec = dataclasses.replace(spec, sources=(Weighted(source=source),))
+  halves: dict[tuple[int, ...], set[str]] = {}
+  for _, half, unit in examples.documents(spec, ByteTokenizer()):
+    ids = unit.sequences[0].ids[: unit.sequences[0].supervised.index(True)]
+    halves.setdefault(tuple(ids), set()).add(half)
+  assert len(halves) == 20
+  assert all(len(found) == 1 for found in halves.values())

@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.data import packing
-from jaxlm.models.decoder import Decoder, init, unbox
+from jaxlm.errors import InputError
+from jaxlm.models.decoder import Decoder, head_weight, init, unbox
 from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
 from jaxlm.posttrain import objectives
 from jaxlm.posttrain.contrastive import cpo, orpo, simpo
@@ -70,7 +72,7 @@ def unit(rng, sequences: int) -> dict[str, np.ndarray]:
     fields["labels"].append(labels.astype(np.int32))
     fields["part"].append(np.full(len(tokens), part))
     # Of what follows a token: under its sequence's last one stands nothing.
-    fields["reference"].append(rng.normal(-3, 1, len(tokens)).astype(np.float32))
+    fields["reference"].append(rng.normal(-5, 1, len(tokens)).astype(np.float32))
   return {name: np.concatenate(values) for name, values in fields.items()}
 
 
@@ -163,3 +165,13 @@ def test_a_gradient_reaches_every_parameter(name):
     if "/" in leaf or leaf in ("head", "score"):
       assert np.abs(value).max() > 1e-6, leaf
       assert np.isfinite(value).all(), leaf
+
+
+def test_the_baseline_of_kto_is_not_clipped_away_here():
+  assert plain("kto")["kl"] > 0.05
+
+
+def test_a_reward_model_has_no_logits():
+  model = LM(vocab=VOCAB, dim=16, pattern=(BLOCK,), repeats=1, head="tied", scores=1)
+  with pytest.raises(InputError, match=r"model.scores: 1; a reward model has no"):
+    head_weight(model, {"embed": {"table": jnp.zeros((VOCAB, 16))}})

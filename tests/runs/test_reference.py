@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -131,6 +132,29 @@ def test_a_resumed_run_whose_first_weights_are_gone_is_refused(dpo, whole, tmp_p
   record.write_text(json.dumps({"weights": "0" * 32}))
   with pytest.raises(InputError, match=r"reference.json: this run's reference"):
     dpo().run(tmp_path / "w")
+
+
+def test_a_first_try_with_other_weights_leaves_nothing_behind(dpo, whole, tmp_path):
+  """Stopped after the pass over the data, before a step: its record counts nothing."""
+  workdir = tmp_path / "w"
+  dpo(steps=1, seed=7).run(workdir)
+  record = (workdir / reference.RECORD).read_text()
+  shutil.rmtree(workdir / "checkpoints")
+  (workdir / "metrics.jsonl").write_text("")
+  again = dpo().run(workdir)
+  assert (workdir / reference.RECORD).read_text() != record
+  first = next(row["loss"] for row in again.rows if "loss" in row)
+  assert first == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_files_that_are_gone_are_made_again_on_resuming(dpo, whole, tmp_path):
+  run = dpo(data=dataclasses.replace(dpo().data, cache=str(tmp_path / "own")))
+  dataclasses.replace(run, steps=3).run(tmp_path / "w")
+  for file in (tmp_path / "own").glob("*/*reference-*"):
+    file.unlink()
+  again = run.run(tmp_path / "w")
+  trained = [row for row in steady(again.rows) if "loss" in row]
+  assert trained == [row for row in steady(whole.rows) if "loss" in row]
 
 
 def test_a_damaged_file_is_refused(dpo, whole, tmp_path):
