@@ -10,9 +10,9 @@ or a run's workdir. A row of the data has `messages` (or ShareGPT's `conversatio
 `prompt` and `completion`); the loss is on what the assistant says. By default the data
 is 3,181 exchanges out of the plays that ship with jaxlm.
 
-Measured with SmolLM2-135M-Instruct, steps=50,lr=1e-4, float32, two cores of an AMD EPYC,
-4 min 6 s in all: the held-out answers go from 2.063 to 1.671 bits per byte, and "Who are
-you?" is answered by "I am a man of the world, and I am a man of the world."
+Measured with SmolLM2-135M-Instruct, steps=50,lr=1e-4, float32, on two cores of an AMD
+EPYC, 4 min 6 s in all: the held-out answers go from 2.063 to 1.671 bits per byte, and
+"Who are you?" is answered by "I am a man of the world, and I am a man of the world."
 """
 
 from jaxlm.data.conversations import Chats
