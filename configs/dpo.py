@@ -10,6 +10,10 @@ discopop, mpo, wpo, ld, cpo, simpo, alphapo or orpo. A row of the data has `prom
 `chosen` and `rejected`, as texts or lists of messages. By default it is 398 exchanges
 out of Shakespeare's plays: chosen is the play's own answer, rejected is what
 SmolLM2-135M-Instruct said instead (`experiments/dialogues/`).
+
+Measured with SmolLM2-135M-Instruct, float32, on two busy cores of an AMD EPYC: 6 to 7
+minutes a method; on the 26 held-out pairs DPO's margin of rewards goes from 0 to 5.89
+and its accuracy to 100% (`experiments/posttraining/RESULT.md`, with IPO, SimPO, ORPO).
 """
 
 from jaxlm.data.conversations import Preferences
@@ -56,7 +60,7 @@ def get_config(
   seq_len: int = 512,
   batch: int = 2,
   steps: int = 60,
-  lr: float = 5e-6,
+  lr: float = 1e-5,
 ) -> Train:
   """Returns the run; the architecture is read from the model's files."""
   if method not in METHODS:

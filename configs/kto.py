@@ -6,6 +6,10 @@
 method= is kto or apo_zero_unpaired. A row of the data has `prompt`, `completion` and
 `label` (true or false). By default these are the answers of configs/dpo.py's data, each
 on its own: the play's are good, SmolLM2's are bad.
+
+Measured with SmolLM2-135M-Instruct, float32, on two busy cores of an AMD EPYC, 11
+minutes: on held-out pairs the good answers gain 9.9 nats, the bad ones lose 36.7
+(`experiments/posttraining/RESULT.md`).
 """
 
 from typing import Literal
@@ -33,7 +37,7 @@ def get_config(
   seq_len: int = 512,
   batch: int = 2,
   steps: int = 60,
-  lr: float = 5e-6,
+  lr: float = 1e-5,
 ) -> Train:
   """Returns the run; the architecture is read from the model's files."""
   opened = open_model(model)

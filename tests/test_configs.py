@@ -21,6 +21,7 @@ ARGUMENTS = {
   "generate": f"model={MODEL},prompts=x.txt,out=x.jsonl",
   "score": f"model={MODEL},data=x.jsonl,out=y.jsonl",
   "sft": f"model={MODEL}",
+  "distill": f"teacher={MODEL}",
   "dpo": f"model={MODEL},method=mpo",
   "kto": f"model={MODEL}",
   "reward_model": f"model={MODEL}",

@@ -50,6 +50,9 @@ class Preferences:
   """As in `Chats`."""
   template: str | None = None
   """As in `Chats`."""
+  margins: bool = False
+  """Whether each row must have a `margin`, for objective.loss.margin of a reward
+  model; where it is false, a row's margin is read all the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,10 +178,16 @@ def _parsed(
   match source:
     case Chats():
       return (exchanges.parse_chat(row, where) for where, row in places)
-    case Preferences():
-      return (exchanges.parse_pair(row, where) for where, row in places)
+    case Preferences(margins=margins):
+      return (_pair(row, where, margins=margins) for where, row in places)
     case Labelled():
       return _labelled(places)
+
+
+def _pair(row: dict[str, Any], where: str, *, margins: bool) -> Exchange:
+  if margins and row.get("margin") is None:
+    raise InputError(f"{where}: no margin, which source.margins=true asks of each row.")
+  return exchanges.parse_pair(row, where)
 
 
 def _labelled(places: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Exchange]:

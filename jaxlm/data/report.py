@@ -56,8 +56,9 @@ class Report:
       documents=documents, bytes=size, tokens=tokens, rows=rows, dropped=dropped
     )
 
-  def padding(self, counts: Counts) -> float:
-    """Returns the share of positions that predict nothing: empty, or between pieces."""
+  def idle(self, counts: Counts) -> float:
+    """Returns the share of positions that predict nothing: empty, between pieces, or of
+    what a conversation does not teach, as prompts."""
     return 1 - counts.tokens / max(1, counts.rows * self.seq_len)
 
   def __str__(self) -> str:
@@ -74,12 +75,12 @@ class Report:
   def _line(self, counts: Counts) -> str:
     if not counts.documents:
       return "nothing"
+    lost = f"; {counts.dropped:,} TOO LONG AND LEFT OUT" if counts.dropped else ""
     return (
       f"{counts.documents:,} documents, {counts.bytes:,} bytes, "
       f"{counts.tokens:,} tokens ({counts.bytes / counts.tokens:.3f} bytes a token), "
-      f"{counts.rows:,} rows of {self.seq_len}, padding {self.padding(counts):.1%}"
-      + f"; {counts.dropped:,} TOO LONG AND LEFT OUT"
-      * bool(counts.dropped)
+      f"{counts.rows:,} rows of {self.seq_len}; {self.idle(counts):.1%} of the places "
+      f"predict nothing{lost}"
     )
 
   def to_json(self) -> str:

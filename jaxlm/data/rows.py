@@ -23,7 +23,7 @@ class Rows:
   segments_NT: np.ndarray
   """Number of the sequence in its row from 1, 0 where it is empty, [rows, T + 1]."""
   extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  """Further fields, [rows, T + 1], as `packing.examples` takes them."""
+  """Further fields, [rows, T + 1, ...], as `packing.examples` takes them."""
 
   def __len__(self) -> int:
     return len(self.tokens_NT)
@@ -136,7 +136,7 @@ def load(stem: Path, count: int, seq_len: int, extras: tuple[str, ...] = ()) -> 
   )
 
 
-def load_field(stem: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
+def load_field(stem: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
   """Maps one field of rows; raises as `load` does."""
   values = np.load(_file(stem, name), mmap_mode="r", allow_pickle=False)
   if values.shape != shape:
@@ -144,10 +144,13 @@ def load_field(stem: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
   return values
 
 
-def write_field(stem: Path, name: str, values: np.ndarray) -> None:
-  """Writes one more field of rows, [rows, T + 1]."""
-  with _npy(_file(stem, name), values.dtype, values.shape) as write:
-    write(values)
+@contextlib.contextmanager
+def write_field(
+  stem: Path, name: str, dtype: np.dtype, shape: tuple[int, ...]
+) -> Iterator[Callable[[np.ndarray], object]]:
+  """Yields a function that appends rows to one more field, [rows, T + 1, ...]."""
+  with _npy(_file(stem, name), dtype, shape) as write:
+    yield write
 
 
 def rename_field(stem: Path, name: str, to: str) -> None:

@@ -8,6 +8,8 @@ in the loss, in the backward pass of a block, or in that of the embedding.
 import math
 from typing import NamedTuple
 
+import jax
+
 from jaxlm.models import count, spec
 from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
@@ -15,6 +17,7 @@ from jaxlm.ops.attention import QUERIES
 from jaxlm.ops.collectives import PIECE
 from jaxlm.ops.kernels.choice import NAMING, Chosen, choose
 from jaxlm.shapes import PyTree
+from jaxlm.training.objective import Frozen
 from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import named_leaves
 
@@ -29,6 +32,8 @@ class Memory(NamedTuple):
   parameters: float
   optimizer: float
   gradients: float
+  frozen: float
+  """Parameters that the step reads and does not train."""
   temporaries: float
   """Activations kept for the backward pass, and what a computation needs at a time."""
 
@@ -59,8 +64,13 @@ def held_bytes(shapes: PyTree, shardings: PyTree) -> float:
   )
 
 
-def predict(decoder: Decoder, plan: Plan, work: Work) -> Memory:
-  """Returns the memory of a device in a training step."""
+def predict(
+  decoder: Decoder, plan: Plan, work: Work, frozen: Frozen | None = None
+) -> Memory:
+  """Returns the memory of a device in a training step.
+
+  Activations of frozen parameters are left out.
+  """
   shapes, shardings = plan.shapes, plan.shardings
   parameters = held_bytes(shapes.params, shardings.params)
   state = held_bytes(shapes, shardings)
@@ -69,7 +79,11 @@ def predict(decoder: Decoder, plan: Plan, work: Work) -> Memory:
   # The loss comes before there is a gradient of a layer, the embedding after them all.
   fullest = max(_loss(decoder, work) - gradients, _backward(decoder, work))
   temporaries = max(kept(decoder, work) + fullest, _embedding(decoder))
-  return Memory(parameters, state - parameters, gradients, temporaries)
+  beside = 0.0
+  if frozen is not None:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen.shapes)
+    beside = held_bytes(frozen.shapes, shardings)
+  return Memory(parameters, state - parameters, gradients, beside, temporaries)
 
 
 def _split(decoder: Decoder, axis: str) -> int:

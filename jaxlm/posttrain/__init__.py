@@ -9,6 +9,7 @@ contrastive.py  pairs without a reference: CPO, SimPO, AlphaPO, ORPO
 kto.py          single completions, labelled good or bad
 reward.py       reward models: Bradley-Terry pairs, labels of the steps of an answer
 divergence.py   how far a student's next-token distribution is from its teacher's
+distill.py      a teacher's distributions as an objective, in chunks of positions
 sequences.py    sums over the sequences that share packed rows
 objectives.py   all of these as objectives of the training loop
 

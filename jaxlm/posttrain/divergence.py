@@ -47,8 +47,8 @@ class Divergence:
 
 
 def divergence(
-  spec: Divergence, student_NV: Float[Array, "N V"], teacher_NV: Float[Array, "N V"]
-) -> Float[Array, " N"]:
+  spec: Divergence, student_NV: Float[Array, "... V"], teacher_NV: Float[Array, "... V"]
+) -> Float[Array, " ..."]:
   """Returns the divergence at each token from finite logits, in float32 or wider.
 
   The gradient goes to the student alone.

@@ -16,15 +16,16 @@ from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, head_weight
 from jaxlm.models.spec import LM
 from jaxlm.ops.losses import LossShape, log_probs
+from jaxlm.posttrain import distill, reward
 from jaxlm.posttrain import pairs as preference
-from jaxlm.posttrain import reward
 from jaxlm.posttrain.contrastive import Contrastive, contrastive
+from jaxlm.posttrain.distill import Distill
 from jaxlm.posttrain.kto import KTO, kl_baseline, kto
 from jaxlm.posttrain.pairs import Losses, Pairs
 from jaxlm.posttrain.preference import DPO, dpo
 from jaxlm.posttrain.sequences import Slots, completions, spoken, transposed
 from jaxlm.shapes import Array, PyTree
-from jaxlm.training.objective import Batch, NextToken, Ratio, Sums, Task, Terms
+from jaxlm.training.objective import Batch, Field, NextToken, Ratio, Sums, Task, Terms
 from jaxlm.training.objective import next_token as make_next_token
 
 REFERENCE = "reference"
@@ -69,7 +70,7 @@ class StepReward:
   """Learns whether each step of a completion is good (a process reward model)."""
 
 
-Spec = NextToken | Preference | Unpaired | Reward | StepReward
+Spec = NextToken | Distill | Preference | Unpaired | Reward | StepReward
 
 
 def _check_chunk(chunk: int) -> None:
@@ -77,9 +78,14 @@ def _check_chunk(chunk: int) -> None:
     raise InputError(f"objective.chunk: {chunk} is not positive.")
 
 
-def build(spec: Spec, decoder: Decoder, examples: int) -> Task:
+def build(
+  spec: Spec, decoder: Decoder, examples: int, teacher: distill.Teacher | None = None
+) -> Task:
   """Returns the task of a spec; rows hold at most `examples` examples."""
   match spec:
+    case Distill():
+      assert teacher is not None
+      return distill.task(spec, decoder, teacher)
     case NextToken():
       return Task(make_next_token(spec, decoder))
     case Preference():
@@ -110,6 +116,7 @@ def needs_reference(spec: Spec) -> bool:
 
 SOURCES: dict[type, tuple[Any, ...]] = {
   NextToken: (sources.Source, conversations.Chats),
+  Distill: (sources.Source, conversations.Chats),
   Preference: (conversations.Preferences,),
   Unpaired: (conversations.Labelled,),
   Reward: (conversations.Preferences,),
@@ -130,7 +137,14 @@ def check(spec: Spec, data: Data, model: LM, micro_batches: int) -> None:
         f"data.sources.{index}.source: {type(weighted.source).__name__} is not what "
         f"objective={name} learns from, which is {' or '.join(kinds)}."
       )
-  if data.even and not isinstance(spec, NextToken):
+    source = weighted.source
+    margins = isinstance(source, conversations.Preferences) and source.margins
+    if isinstance(spec, Reward) and spec.loss.margin and not margins:
+      raise InputError(
+        f"data.sources.{index}.source.margins: false, but objective.loss.margin takes "
+        "each row's margin; set both or neither."
+      )
+  if data.even and not isinstance(spec, NextToken | Distill):
     raise InputError(f"data.even: objective={name} has no weights of tokens.")
   if isinstance(spec, Unpaired) and data.sequences != (2 if _has_kl(spec) else 1):
     raise InputError(
@@ -171,12 +185,17 @@ def target_log_probs(decoder: Decoder, chunk: int, params: PyTree, batch: Batch)
   return log_probs(shape, x_BTD, head_DV, batch["targets"])
 
 
+def reference(decoder: Decoder, chunk: int, params: PyTree, batch: Batch):
+  """Returns the fields of a batch that objectives take of a reference."""
+  return {REFERENCE: target_log_probs(decoder, chunk, params, batch).target_BT}
+
+
 def _preference(spec: Preference, decoder: Decoder, examples: int) -> Task:
   loss = spec.loss
   tail = loss.length_tail if isinstance(loss, DPO) else None
   sft = loss.sft_weight if isinstance(loss, DPO) else loss.nll
   whole = isinstance(loss, Contrastive) and loss.nll_over == "sequence"
-  fields = (REFERENCE,) if needs_reference(spec) else ()
+  fields = (Field(REFERENCE),) if needs_reference(spec) else ()
 
   def counts(slots: Slots, batch: Batch) -> Sums:
     """Pairs, and the tokens of the chosen ones that the NLL is over."""
@@ -256,7 +275,7 @@ def _unpaired(spec: Unpaired, decoder: Decoder, examples: int) -> Task:
     }
     return terms._replace(metrics=metrics | {"kl": Ratio(kl * count, count)})
 
-  return Task(objective, shared if sequences == 2 else None, (REFERENCE,))
+  return Task(objective, shared if sequences == 2 else None, (Field(REFERENCE),))
 
 
 def _reward(spec: Reward, decoder: Decoder, examples: int) -> Task:

@@ -3,7 +3,8 @@
 train.py    trains a model by an objective, from the first step or a checkpoint
 assembled.py  what a run and its plan share
 plan.py     what a run will need, compiled ahead for chips that are not here
-reference.py  log-probabilities under a run's first weights, made once
+reference.py  what a frozen model says of the rows, made once beside the data
+teacher.py  opens the teacher of a distillation
 samples.py  text that a run writes at its end
 initial.py  what such a run takes from a pretrained model
 convert.py  a checkpoint from one format to another

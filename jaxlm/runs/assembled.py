@@ -14,6 +14,8 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import Keep
 from jaxlm.ops.kernels.choice import NAMING, choose
 from jaxlm.posttrain import objectives
+from jaxlm.posttrain.distill import Distill, Teacher
+from jaxlm.runs.teacher import open_teacher
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
@@ -34,7 +36,9 @@ class Assembled(NamedTuple):
   first_state: Callable[[], TrainState]
   task: Task
   step: Step
-  batch: dict[str, jax.ShapeDtypeStruct]
+  batch: dict[str, Any]
+  """A ShapeDtypeStruct for each array of a batch."""
+  teacher: Teacher | None = None
 
 
 def assemble(
@@ -43,7 +47,8 @@ def assemble(
   """Returns the parts of a run; `load` gives first parameters for a decoder.
 
   Raises:
-    InputError: the layout or the table of remat cannot be honoured.
+    InputError: the layout or the table of remat cannot be honoured, or the teacher
+      does not fit.
   """
   decoder = Decoder(run.model, run.precision, layout, run.remat, run.attention)
   _check_kept(decoder, run.data.seq_len)
@@ -56,15 +61,18 @@ def assemble(
     moments=run.moments,
     load=None if load is None else lambda: load(decoder),
   )
-  task = objectives.build(run.objective, decoder, run.data.per_row)
+  teacher = None
+  if isinstance(run.objective, Distill):
+    teacher = open_teacher(run.objective, decoder, run.data.seq_len)
+  task = objectives.build(run.objective, decoder, run.data.per_row, teacher)
   step = make_step(
     task,
     optimizer,
     micro_batches=run.accumulate,
     ema_decay=run.ema,
   )
-  batch = batch_shapes(run.data, task.fields)
-  return Assembled(decoder, optimizer, plan, first_state, task, step, batch)
+  batch = batch_shapes(run.data, task)
+  return Assembled(decoder, optimizer, plan, first_state, task, step, batch, teacher)
 
 
 def _check_kept(decoder: Decoder, seq_len: int) -> None:
@@ -93,10 +101,14 @@ def compiled(parts: Assembled, options: dict[str, str | bool]) -> Any:
     return compile_step(parts.step, parts.plan, layout, parts.batch, options)
 
 
-def batch_shapes(data: Data, fields: tuple[str, ...] = ()) -> dict[str, Any]:
-  """Returns the shapes of a batch as the loader makes it, with the task's fields."""
+def batch_shapes(data: Data, task: Task) -> dict[str, Any]:
+  """Returns the shapes of a batch: what the loader makes, and the frozen parameters."""
   ints = ("tokens", "targets", "segments", "positions")
-  dtypes = dict.fromkeys(ints, jnp.int32) | dict.fromkeys(fields, jnp.float32)
-  dtypes |= {"weights": jnp.float32} | data.extras
-  shape = (data.batch, data.seq_len)
-  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+  dtypes = dict.fromkeys(ints, jnp.int32) | {"weights": jnp.float32} | data.extras
+  rows = (data.batch, data.seq_len)
+  shapes: dict[str, Any] = {
+    name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in dtypes.items()
+  }
+  for field in task.fields:
+    shapes[field.name] = jax.ShapeDtypeStruct((*rows, *field.inner), field.dtype)
+  return shapes | ({} if task.frozen is None else {"frozen": task.frozen.shapes})

@@ -55,6 +55,9 @@ class Generate:
   """What each whole text must be; needs the extra constrain."""
   top: int = 0
   """How many of the likeliest tokens to write at each place."""
+  chats: bool = False
+  """Whether each row of the file also has `messages`, the prompt's and the answer, for
+  configs/sft.py to learn from; then all prompts must be messages."""
   batch: int = 8
   """Rows at a time."""
   chunk: int = 512
@@ -85,6 +88,9 @@ class Generate:
         run wrote.
     """
     given = list(self._given())
+    for where, row in given:
+      if self.chats and "messages" not in row:
+        raise InputError(f"{where}: chats is true, and the prompt is no 'messages'.")
     loaded = self.model.load(self.length, "one" if self.batch == 1 else "many")
     ids = [self._encode(loaded, where, row) for where, row in given]
     ends = self._ends(loaded.tokenizer)
@@ -217,5 +223,8 @@ class Generate:
       "tokens": text.row.tokens,
       "logprobs": [round(value, 6) for value in text.row.model],
     }
+    if self.chats:
+      answer = {"role": "assistant", "content": text.text}
+      row["messages"] = [*asked["messages"], answer]
     tops = {"top": text.row.top, "top_sampling": text.row.top_sampling}
     return row | (tops if self.top else {})

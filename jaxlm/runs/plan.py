@@ -16,6 +16,7 @@ from jaxlm.launch.chips import Chip
 from jaxlm.models import count
 from jaxlm.models.spec import Keep, Remat
 from jaxlm.posttrain import objectives
+from jaxlm.posttrain.distill import Distill
 from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
 from jaxlm.runs.decode import Decode
@@ -136,7 +137,9 @@ def report(ready: Prepared) -> Report:
   told = f"compiled in {time.perf_counter() - began:.0f} s for {target.text}"
   if program.peak is None:
     told = f"compiled: nothing; {why_not or f'the compiler refuses: {program.refusal}'}"
-  predicted = memory.predict(parts.decoder, parts.plan, _work(run, layout))
+  predicted = memory.predict(
+    parts.decoder, parts.plan, _work(run, layout), parts.task.frozen
+  )
   tokens = run.data.batch * run.data.seq_len
   whole = count.training_flops(run.model, run.data.seq_len)
   flops = count.Flops(*(f * tokens / layout.mesh.size for f in whole))
@@ -209,10 +212,12 @@ def _memory(found: Report) -> list[str]:
   peak = found.program.peak
   if peak is not None:
     # The compiler tells one number; what is exact leaves the rest of it.
-    rest = peak - told.parameters - told.optimizer - told.gradients
+    rest = peak - told.parameters - told.optimizer - told.gradients - told.frozen
     own |= {"temporaries": f"{rest / 1e9:.3f} (peak less the rows above)"}
   own["peak"] = "-" if peak is None else f"{peak / 1e9:.3f}"
   for name, value in (told._asdict() | {"peak": told.total}).items():
+    if name == "frozen" and not value:
+      continue
     lines.append(f"  {name:12} predicted {value / 1e9:9.3f}   compiled {own[name]:>9}")
   hbm = found.target.chip.hbm
   verdict = "fits" if found.fits else "DOES NOT FIT"
@@ -257,13 +262,16 @@ def _work_lines(found: Report) -> list[str]:
 
 
 def _left_out(run: Train) -> list[str]:
-  """Says which traffic with the host the roofline leaves out."""
+  """Says what the roofline leaves out."""
   left = ["optimizer state"] if run.moments.memory == "host" else []
   if isinstance(run.remat, Keep) and run.remat.named("offload"):
     left.append(f"activations ({', '.join(run.remat.named('offload'))})")
-  if not left:
-    return []
-  return [f"  left out of it: moving {' and '.join(left)} to the host and back"]
+  lines = []
+  if left:
+    lines.append(f"  left out of it: moving {' and '.join(left)} to the host and back")
+  if isinstance(run.objective, Distill) and not run.objective.top_k:
+    lines.append("  left out of it: the teacher's forward pass and its activations")
+  return lines
 
 
 def _advice(run: Train, parts: Assembled, found: Report) -> list[str]:
@@ -277,7 +285,8 @@ def _advice(run: Train, parts: Assembled, found: Report) -> list[str]:
   def needs(change: Change) -> float:
     changed, altered = _changed(run, parts, change)
     work = _work(changed, parts.decoder.layout)
-    return off * memory.predict(altered.decoder, parts.plan, work).total
+    frozen = parts.task.frozen
+    return off * memory.predict(altered.decoder, parts.plan, work, frozen).total
 
   def seconds(change: Change) -> float:
     changed, altered = _changed(run, parts, change)

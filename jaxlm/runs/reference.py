@@ -1,16 +1,18 @@
-"""Log-probabilities under the weights a run starts from, made once, beside the data.
+"""What a frozen model says of every row, made once, beside the data.
 
-A file's name holds a hash of the weights and of what computes with them, and its folder
-a hash of the rows, so what is found belongs to this run; its bytes are checked as well.
+A reference's log-probabilities of the targets, or a teacher's likeliest ids. A file's
+name holds a hash of the weights and of what computes with them, and its folder a hash
+of the rows, so what is found belongs to this run; its bytes are checked as well.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +27,28 @@ from jaxlm.data.corpus import HALVES, Corpus
 from jaxlm.data.loader import in_order
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder
-from jaxlm.posttrain.objectives import REFERENCE, target_log_probs
 from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding import processes
+from jaxlm.training.objective import Batch, Field
 from jaxlm.trees import named_leaves
 
-RECORD = "reference.json"
-"""In the workdir: which weights this run's reference is."""
-
-Place = Callable[[dict[str, np.ndarray]], dict[str, Array]]
+Place = Callable[[dict[str, np.ndarray]], Batch]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
   """What the pass over the data needs."""
 
+  what: Literal["reference", "teacher"]
+  """What it is to the run; under this name the workdir says which weights it was."""
   decoder: Decoder
   """The model on its layout."""
-  chunk: int
-  """Positions of each row whose logits are held at a time."""
+  fields: tuple[Field, ...]
+  """What is stored, and how it is named in a batch."""
+  score: Callable[[PyTree, Batch], dict[str, Array]]
+  """Makes the fields of a batch from the model's parameters."""
+  options: str
+  """What the fields depend on beside weights and rows."""
   batch: int
   """Rows of a batch over all processes."""
   here: list[int]
@@ -60,49 +65,50 @@ def attach(
   *,
   resumed: bool,
 ) -> Corpus:
-  """Returns the corpus with the field `reference` in all of its rows.
+  """Returns the corpus with the fields in all of its rows.
 
   Args:
     reference: the model and how batches get onto the mesh.
     corpus: the rows.
     workdir: holds the record of which weights they are.
-    initial: gives the weights that the run started from; of a resumed run it is called
-      only where files are missing.
+    initial: gives the model's weights; of a resumed run it is called only where files
+      are missing.
     resumed: whether the run goes on from a checkpoint; then the record must hold.
 
   Raises:
-    InputError: the files are damaged, or the initial weights are not the recorded ones.
+    InputError: the files are damaged, or the weights are not the recorded ones.
   """
-  folder, record = Path(corpus.report.place), workdir / RECORD
+  what, folder = reference.what, Path(corpus.report.place)
+  record = workdir / f"{what}.json"
   key = json.loads(record.read_text())["weights"] if resumed else None
-  if key is not None and _agreed(_complete(folder, key)):
-    print(f"reference: log-probabilities found in {folder}")
-    return _load(folder, key, corpus)
+  if key is not None and _agreed(_complete(reference, folder, key)):
+    print(f"{what}: log-probabilities found in {folder}")
+    return _load(reference, folder, key, corpus)
   params = initial()
-  found = fingerprint(reference.decoder, params)
+  found = fingerprint(reference.decoder, params, reference.options)
   if key is not None and found != key:
     raise InputError(
-      f"{record}: this run's reference was the weights {key}, and `initial` gives "
-      f"{found}. Bring the first weights back, or give another --workdir."
+      f"{record}: this run's {what} was the weights {key}, and now they are {found}. "
+      "Bring the first weights back, or give another --workdir."
     )
   if processes.first():
     files.write_atomic(record, json.dumps({"weights": found}))
-  if _agreed(_complete(folder, found)):
-    print(f"reference: log-probabilities found in {folder}")
+  if _agreed(_complete(reference, folder, found)):
+    print(f"{what}: log-probabilities found in {folder}")
   else:
     _write(reference, corpus, folder, found, params)
-    print(f"reference: log-probabilities written in {folder}")
-  return _load(folder, found, corpus)
+    print(f"{what}: log-probabilities written in {folder}")
+  return _load(reference, folder, found, corpus)
 
 
-def fingerprint(decoder: Decoder, params: PyTree) -> str:
-  """Returns a hash of weights, of the architecture and of the dtype of computation.
+def fingerprint(decoder: Decoder, params: PyTree, options: str = "") -> str:
+  """Returns a hash of weights, of the architecture, the dtype of computation, options.
 
   It is one function of the values: how they are sharded does not matter.
   """
   state = xxhash.xxh3_128()
   state.update(config.to_json(decoder.spec).encode())
-  state.update(decoder.precision.compute.encode())
+  state.update((decoder.precision.compute + options).encode())
   whole = decoder.layout.sharding()
   mixed = jax.jit(lambda p: jax.tree.map(_mixed, p), out_shardings=whole)
   hashes = jax.device_get(mixed(params))
@@ -134,16 +140,12 @@ def _stir(x: Array) -> Array:
   return x ^ (x >> 16)
 
 
-def _name(key: str) -> str:
-  return f"{REFERENCE}-{key}"
+def _told(reference: Reference, folder: Path, key: str) -> Path:
+  return folder / f"{reference.what}-{key}.json"
 
 
-def _told(folder: Path, key: str) -> Path:
-  return folder / f"{_name(key)}.json"
-
-
-def _complete(folder: Path, key: str) -> bool:
-  return _told(folder, key).exists()
+def _complete(reference: Reference, folder: Path, key: str) -> bool:
+  return _told(reference, folder, key).exists()
 
 
 def _agreed(yes: bool) -> bool:
@@ -168,52 +170,76 @@ def _halves(corpus: Corpus) -> list[tuple[int, str, rows.Rows]]:
 def _write(
   reference: Reference, corpus: Corpus, folder: Path, key: str, params: PyTree
 ) -> None:
-  """Makes one pass over all rows; every process keeps the whole."""
-  decoder, layout = reference.decoder, reference.decoder.layout
-  whole = layout.sharding()
-
-  def target(params: PyTree, batch: dict[str, Array]) -> Array:
-    return target_log_probs(decoder, reference.chunk, params, batch).target_BT
-
-  score = jax.jit(target, out_shardings=whole)
+  """Makes one pass over all rows; every process writes the whole."""
+  whole = reference.decoder.layout.sharding()
+  score = jax.jit(reference.score, out_shardings=whole)
   hashes: dict[str, str] = {}
   total = sum(len(source) for _, _, source in _halves(corpus))
-  print(f"reference: scoring {total:,} rows once")
+  print(f"{reference.what}: scoring {total:,} rows once")
   for index, half, source in _halves(corpus):
-    parts = [np.zeros((0, corpus.report.seq_len), np.float32)]
-    for batch in in_order([source], reference.batch, rows=reference.here):
-      parts.append(np.asarray(score(params, reference.put(batch))))
-    found_NT = np.concatenate(parts)[: len(source)]
-    field = np.pad(found_NT, ((0, 0), (0, 1)))
-    temporary = f"{_name(key)}.{uuid.uuid4().hex[:8]}"
-    rows.write_field(_stem(folder, index, half), temporary, field)
-    rows.rename_field(_stem(folder, index, half), temporary, _name(key))
-    hashes[f"{index}.{half}"] = _hash(field)
-  files.write_atomic(epath.Path(_told(folder, key)), json.dumps(hashes))
+    stem, own = _stem(folder, index, half), uuid.uuid4().hex[:8]
+    with contextlib.ExitStack() as stack:
+      writers = {
+        field: stack.enter_context(
+          rows.write_field(
+            stem,
+            f"{field.name}-{key}.{own}",
+            np.dtype(field.dtype),
+            _shape(field, source, corpus),
+          )
+        )
+        for field in reference.fields
+      }
+      hashed = {field: xxhash.xxh3_128() for field in reference.fields}
+      left = len(source)
+      for batch in in_order([source], reference.batch, rows=reference.here):
+        found = score(params, reference.put(batch))
+        for field, write in writers.items():
+          block = np.asarray(found[field.name], field.dtype)[:left]
+          # A row has T + 1 tokens, and the last is no input.
+          block = np.pad(block, ((0, 0), (0, 1)) + ((0, 0),) * (block.ndim - 2))
+          hashed[field].update(np.ascontiguousarray(block).data)
+          write(block)
+        left -= reference.batch
+    for field in reference.fields:
+      rows.rename_field(stem, f"{field.name}-{key}.{own}", f"{field.name}-{key}")
+      hashes[f"{stem.name}.{field.name}"] = hashed[field].hexdigest()
+  told = epath.Path(_told(reference, folder, key))
+  files.write_atomic(told, json.dumps(hashes))
 
 
-def _hash(field: np.ndarray) -> str:
-  return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(field).data)
+def _shape(field: Field, source: rows.Rows, corpus: Corpus) -> tuple[int, ...]:
+  return (len(source), corpus.report.seq_len + 1, *field.inner)
 
 
-def _load(folder: Path, key: str, corpus: Corpus) -> Corpus:
+def _load(reference: Reference, folder: Path, key: str, corpus: Corpus) -> Corpus:
   """Maps the files, each with the hash that was told of it."""
-  hashes: dict[str, Any] = json.loads(_told(folder, key).read_text())
+  told = _told(reference, folder, key)
+  hashes: dict[str, Any] = json.loads(told.read_text())
   mapped: dict[str, list[rows.Rows]] = {half: [] for half in HALVES}
   for index, half, source in _halves(corpus):
-    shape = (len(source), corpus.report.seq_len + 1)
+    stem, extras = _stem(folder, index, half), dict(source.extras)
     try:
-      field = rows.load_field(_stem(folder, index, half), _name(key), shape)
-      if _hash(field) != hashes[f"{index}.{half}"]:
-        raise ValueError("its bytes are not those that were written")
-      if not math.isfinite(float(field.sum())):
-        raise ValueError("it holds numbers that are not finite")
+      for field in reference.fields:
+        shape = _shape(field, source, corpus)
+        values = rows.load_field(stem, f"{field.name}-{key}", shape)
+        if _hash(values) != hashes[f"{stem.name}.{field.name}"]:
+          raise ValueError("its bytes are not those that were written")
+        if not math.isfinite(float(values.sum(dtype=np.float64))):
+          raise ValueError("it holds numbers that are not finite")
+        extras[field.name] = values
     except (OSError, ValueError, LookupError) as error:
       raise InputError(
-        f"data.cache: the reference of {index}.{half} in {folder} is damaged ({error})."
-        f" Delete {_told(folder, key)}; the next run makes it anew."
+        f"data.cache: the {reference.what} of {stem.name} in {folder} is damaged "
+        f"({error}). Delete {told}; the next run makes it anew."
       ) from error
-    extras = dict(source.extras) | {REFERENCE: field}
     mapped[half].append(dataclasses.replace(source, extras=extras))
   train, held_out = (tuple(mapped[half]) for half in HALVES)
   return dataclasses.replace(corpus, train=train, held_out=held_out)
+
+
+def _hash(values: np.ndarray) -> str:
+  state = xxhash.xxh3_128()
+  for first in range(0, len(values), 1024):
+    state.update(np.ascontiguousarray(values[first : first + 1024]).data)
+  return state.hexdigest()

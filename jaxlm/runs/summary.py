@@ -3,12 +3,15 @@
 import math
 
 import jax
+import numpy as np
 
+from jaxlm.data.corpus import Corpus
 from jaxlm.launch.memory import held_bytes
 from jaxlm.models import count, spec
 from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.ops.kernels.choice import choose
+from jaxlm.posttrain.kto import KTO
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training.optimizers import Optimizer
@@ -30,6 +33,32 @@ def describe_model(model: spec.LM, seq_len: int, batch: int) -> str:
     f"{_amount(flops.full)} full square; a batch of {tokens:,} tokens: "
     f"{_amount(flops.causal * tokens)}"
   )
+
+
+def describe_labels(corpus: Corpus, sequences: int, loss: KTO) -> str:
+  """Returns how many completions are good and bad, and what both weigh.
+
+  Each has `sequences` sequences in its row, of which the first is its own.
+  """
+  good = bad = 0
+  for rows in corpus.train:
+    segments_NT = np.asarray(rows.segments_NT, np.int32)
+    begins_NT = np.diff(segments_NT, axis=1, prepend=0) != 0
+    own_NT = begins_NT & (segments_NT % sequences == 1 % sequences) & (segments_NT > 0)
+    labels = rows.extras["values"][own_NT]
+    good += int(np.sum(labels > 0))
+    bad += int(np.sum(labels <= 0))
+  weights = f"weights {loss.desirable} and {loss.undesirable}"
+  share = loss.desirable * good / max(loss.undesirable * bad, 1e-9)
+  line = f"labels: {good:,} good, {bad:,} bad; {weights}"
+  if not (good and bad):
+    return f"{line}. ONE KIND ALONE: nothing holds the model back"
+  if not 0.99 <= share <= 1.34:
+    line += (
+      f". Good ones weigh {share:.2f} times the bad ones; its authors advise 1 to 4/3 "
+      "(objective.loss.desirable, objective.loss.undesirable)"
+    )
+  return line
 
 
 def describe_layout(layout: Layout, plan: Plan) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,11 @@ from jaxlm.launch.chips import chip_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
 from jaxlm.ops.kernels.choice import Kernel
-from jaxlm.posttrain import objectives
+from jaxlm.posttrain import distill, objectives
 from jaxlm.runs import initial, reference, summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
 from jaxlm.runs.samples import Samples, write_samples
+from jaxlm.runs.teacher import FIELD as TEACHER
 from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
 from jaxlm.sharding import processes
@@ -75,6 +77,10 @@ class Placement(NamedTuple):
     sharding = layout.sharding("batch", "sequence")
     shape = (data.batch, data.seq_len)
     return cls(rows_here(sharding, shape), placer(sharding, shape))
+
+  def beside(self, frozen: PyTree) -> "Placement":
+    """Returns a placement whose batches hold these parameters too."""
+    return self._replace(put=lambda rows: self.put(rows) | {"frozen": frozen})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,12 +172,17 @@ class Train:
       data = initial.with_tokenizer(data, opened, workdir)
       if opened.family is not None and processes.first():
         files.write_atomic(workdir / FAMILY, opened.family.name)
+    if isinstance(self.objective, distill.Distill):
+      teacher = open_model(self.objective.teacher, TEACHER)
+      data = initial.with_tokenizer(data, teacher, workdir)
     # The first makes the cache; the others find it, or make their own where their disk
     # is not the first's.
     corpus = processes.lead("data", lambda: prepare(data, workdir / "data"))
     corpus = corpus or prepare(data, workdir / "data")
     processes.require_same("data.sources", corpus.fingerprint)
     print(corpus.report)
+    if isinstance(self.objective, objectives.Unpaired):
+      print(summary.describe_labels(corpus, self.data.sequences, self.objective.loss))
     for note in notes(corpus.tokenizer):
       print(note)
     if processes.first():
@@ -228,7 +239,9 @@ class Train:
       state = restored.state if restored else parts.first_state()
       first = restored.data["next_batch"] if restored else 0
       place = Placement.of(layout, self.data)
-      corpus = self._with_reference(parts, corpus, place, workdir, state, start)
+      corpus = self._with_fields(parts, corpus, place, workdir, state, start)
+      if parts.task.frozen is not None:
+        place = place.beside(parts.task.frozen.load())
       evaluate = self._evaluator(parts, corpus, place)
       with (
         Loader(corpus, self.data, rows=place.rows, start=first) as loader,
@@ -274,7 +287,7 @@ class Train:
       tokens=self.data.batch * self.data.seq_len,
     )
 
-  def _with_reference(
+  def _with_fields(
     self,
     parts: Assembled,
     corpus: Corpus,
@@ -283,24 +296,42 @@ class Train:
     state: TrainState,
     start: int,
   ) -> Corpus:
-    """Returns the corpus with what the objective wants to know of the first weights."""
-    if not objectives.needs_reference(self.objective):
+    """Returns the corpus with what the objective wants to know of a frozen model."""
+    fields, spec, decoder = parts.task.fields, self.objective, parts.decoder
+    if not fields:
       return corpus
-    pass_over = reference.Reference(
-      decoder=parts.decoder,
-      chunk=objectives.chunk_of(self.objective),
+    pass_over = partial(
+      reference.Reference,
+      fields=fields,
       batch=self.data.batch,
       here=place.rows,
       put=place.put,
     )
-    first = lambda: (parts.first_state() if start else state).params  # noqa: E731
-    return reference.attach(pass_over, corpus, workdir, first, resumed=start > 0)
+    if isinstance(spec, distill.Distill):
+      assert parts.teacher is not None
+      teacher = parts.teacher.decoder
+      asked = pass_over(
+        what="teacher",
+        decoder=teacher,
+        score=partial(distill.top_log_probs, spec, teacher),
+        options=f"top {spec.top_k} at {spec.divergence.temperature}",
+      )
+      first = parts.teacher.frozen.load
+    else:
+      asked = pass_over(
+        what="reference",
+        decoder=decoder,
+        score=partial(objectives.reference, decoder, objectives.chunk_of(spec)),
+        options="",
+      )
+      first = lambda: (parts.first_state() if start else state).params  # noqa: E731
+    return reference.attach(asked, corpus, workdir, first, resumed=start > 0)
 
   def _evaluator(
     self, parts: Assembled, corpus: Corpus, place: "Placement"
   ) -> Callable[[TrainState], dict[str, float]]:
     if not any(len(rows) for rows in corpus.held_out):
-      print("data.held_out is 0: nothing is evaluated")
+      print(f"no row is held out (data.held_out={self.data.held_out}): no evaluation")
       return lambda state: {}
     if isinstance(self.objective, NextToken):
       lengths = np.zeros(self.model.vocab, np.int32)

@@ -25,7 +25,10 @@ def rows_here(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
 def placer(
   sharding: NamedSharding, shape: tuple[int, int]
 ) -> Callable[[HostBatch], dict[str, Array]]:
-  """Returns a function from this process's rows of a batch to global arrays."""
+  """Returns a function from this process's rows of a batch to global arrays.
+
+  Arrays are [B, T, ...]; `shape` is (B, T).
+  """
   rows = rows_here(sharding, shape)
   local = {row: i for i, row in enumerate(rows)}
 
@@ -36,7 +39,8 @@ def placer(
         wanted = range(*index[0].indices(shape[0]))
         return values[[local[row] for row in wanted]][:, index[1]]
 
-      return jax.make_array_from_callback(shape, sharding, block)
+      whole = (*shape, *values.shape[2:])
+      return jax.make_array_from_callback(whole, sharding, block)
 
     return {name: one(values) for name, values in batch.items()}
 

@@ -13,7 +13,8 @@ from jaxlm.ops.losses import LossShape, cross_entropy, log_probs
 from jaxlm.shapes import Array, Float, PyTree
 
 Batch = dict[str, Any]
-"""Arrays [B, T]; under `shared`, sums over the whole batch of a step."""
+"""Arrays [B, T, ...]; under `shared`, sums over the whole batch of a step; under
+`frozen`, parameters that the step reads and does not train."""
 Sums = dict[str, Array]
 
 
@@ -40,6 +41,22 @@ class Objective(Protocol):
     ...
 
 
+class Field(NamedTuple):
+  """An array of a batch that no row of the data holds, [B, T, *inner]."""
+
+  name: str
+  dtype: str = "float32"
+  inner: tuple[int, ...] = ()
+
+
+class Frozen(NamedTuple):
+  """Parameters that a step reads and does not train."""
+
+  shapes: PyTree
+  """A ShapeDtypeStruct with its sharding for each."""
+  load: Callable[[], PyTree]
+
+
 class Task(NamedTuple):
   """An objective, and what it needs beyond the rows of a micro-batch."""
 
@@ -48,8 +65,9 @@ class Task(NamedTuple):
   """Sums that a loss takes of the whole batch, without gradient. Where a step has
   several micro-batches they come first, and the objective finds them in the batch; else
   it makes them of its own batch."""
-  fields: tuple[str, ...] = ()
-  """Arrays of a batch, [B, T] float32, that no row of the data holds."""
+  fields: tuple[Field, ...] = ()
+  """What was computed ahead, beside the data."""
+  frozen: Frozen | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

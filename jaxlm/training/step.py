@@ -75,12 +75,15 @@ def accumulate(
   def split(a: Array) -> Array:
     return jnp.moveaxis(a.reshape(-1, micro_batches, *a.shape[1:]), 1, 0)
 
-  rows = jax.tree.map(split, batch)
+  frozen = {"frozen": batch["frozen"]} if "frozen" in batch else {}
+  rows = jax.tree.map(split, {n: a for n, a in batch.items() if n not in frozen})
   shared: Sums = {}
   if task.shared is not None:
-    shared = _summed(partial(task.shared, params), rows)
+    sums = partial(task.shared, params)
+    shared = _summed(lambda rows: sums(rows | frozen), rows)
 
   def with_shared(rows: Batch, rng: Array) -> tuple[Terms, PyTree]:
+    rows |= frozen
     return gradient(rows | {"shared": shared} if shared else rows, rng)
 
   return _summed(
@@ -119,11 +122,11 @@ def compile_step(
 ):
   """Returns the step compiled for a plan; the state's buffers are given away.
 
-  `batch` holds a ShapeDtypeStruct for each array, rows first; `options` go to the
-  compiler.
+  `batch` holds a ShapeDtypeStruct for each array: rows, or with a sharding of its own;
+  `options` go to the compiler.
   """
   rows = layout.sharding("batch", "sequence")
-  shardings = jax.tree.map(lambda _: rows, batch)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding or rows, batch)
 
   def from_plan(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     return step(on_device(state, plan.shardings), batch)

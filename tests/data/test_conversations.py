@@ -214,6 +214,15 @@ def test_pairs_of_text(read):
   assert (learnt(chosen), learnt(rejected)) == ([" a[eos]"], [" bc[eos]"])
 
 
+def test_margins_that_must_be_there(read):
+  row = {"prompt": "Say:", "chosen": " a", "rejected": " bc"}
+  (unit,) = read(Preferences, row | {"margin": 0}, margins=True)
+  assert unit.value == 0.0
+  for margin in ({}, {"margin": None}):
+    with pytest.raises(InputError, match=r"x.jsonl, line 2: no margin, which"):
+      read(Preferences, row | {"margin": 1}, row | margin, margins=True)
+
+
 def test_pairs_of_chats(read, smollm2):
   prompt = TALK[:4]
   rows = [

@@ -19,11 +19,11 @@ def test_the_numbers_are_those_of_the_text(prepared):
     loader.packing.examples(part.tokens_NT, part.segments_NT)["weights"].mean()
     for part in made.train[:1]
   ]
-  assert told.padding(told.sources[0].train) == pytest.approx(1 - weights[0], abs=1e-6)
+  assert told.idle(told.sources[0].train) == pytest.approx(1 - weights[0], abs=1e-6)
   text = str(told)
   assert "packed rows written in" in text
   assert f"{told.sources[1].train.documents:,} documents" in text
-  assert "padding 0." in text
+  assert "% of the places predict nothing" in text
 
 
 def test_json_comes_back(prepared):

@@ -1,5 +1,6 @@
 """Every objective: packing, micro-batches and the mesh change nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,10 @@ from jaxlm.data import packing
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, head_weight, init, unbox
 from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
-from jaxlm.posttrain import objectives
+from jaxlm.posttrain import distill, objectives
 from jaxlm.posttrain.contrastive import cpo, orpo, simpo
+from jaxlm.posttrain.distill import Distill, Teacher
+from jaxlm.posttrain.divergence import Divergence
 from jaxlm.posttrain.kto import KTO
 from jaxlm.posttrain.objectives import Preference, Reward, StepReward, Unpaired
 from jaxlm.posttrain.preference import DPO
@@ -20,7 +23,7 @@ from jaxlm.posttrain.reward import BradleyTerry
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout
-from jaxlm.training.objective import NextToken
+from jaxlm.training.objective import Frozen, NextToken
 from jaxlm.training.step import accumulate
 from jaxlm.trees import named_leaves
 
@@ -45,6 +48,9 @@ OBJECTIVES = {
   "apo, unpaired": Unpaired(loss=KTO(method="apo_zero_unpaired"), chunk=16),
   "reward": Reward(loss=BradleyTerry(margin=True, center=0.01)),
   "step reward": StepReward(),
+  "distill": Distill(teacher="", nll=0.5, chunk=16),
+  "distill, jsd": Distill(teacher="", divergence=Divergence(kind="jsd"), chunk=16),
+  "distill, top 4": Distill(teacher="", top_k=4, chunk=16),
 }
 
 
@@ -120,14 +126,36 @@ def found(name: str, rows: dict[str, np.ndarray], *, mesh=ONE, micro_batches=1):
   )
   decoder = Decoder(model, Precision(), layout)
   params = jax.tree.map(lambda a: 1.0 * a, unbox(init(decoder, jax.random.key(0))))
-  task = objectives.build(spec, decoder, PER_ROW)
+  teacher = teacher_of(spec, decoder)
+  task = objectives.build(spec, decoder, PER_ROW, teacher)
   run = jax.jit(lambda p, b: accumulate(task, p, b, jax.random.key(1), micro_batches))
   shape = rows["tokens"].shape
   placed = placer(layout.sharding("batch", "sequence"), shape)(rows)
+  if teacher is not None:
+    frozen = teacher.frozen.load()
+    stored = {}
+    if spec.top_k:
+      stored = distill.top_log_probs(spec, teacher.decoder, frozen, placed)
+    placed |= stored or {"frozen": frozen}
   terms, grads = jax.device_get(run(params, placed))
   out = {"loss": terms.numerator / terms.denominator}
   out |= {n: r.numerator / r.denominator for n, r in terms.metrics.items()}
   return out | {n: g / terms.denominator for n, g in named_leaves(grads).items()}
+
+
+def teacher_of(spec, student: Decoder) -> Teacher | None:
+  """Returns a narrower model, sharper than a drawn one."""
+  if not isinstance(spec, Distill):
+    return None
+  decoder = Decoder(
+    dataclasses.replace(student.spec, dim=8), Precision(), student.layout
+  )
+
+  def load():
+    params = unbox(init(decoder, jax.random.key(9)))
+    return params | {"head": 20.0 * params["head"]}
+
+  return Teacher(decoder, Frozen(None, load))
 
 
 def require_close(ours, theirs, *, but=()):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -5,6 +6,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.data.chat import Message, encode_chat
+from jaxlm.data.corpus import prepare
 from jaxlm.errors import InputError
 from jaxlm.interop.checkpoint import open_model
 from runs import pretrained
@@ -133,3 +135,15 @@ def test_another_config_s_file_stays(call, tmp_path):
   with pytest.raises(InputError, match="was not written by this config"):
     call(ROWS, "seed=1")
   assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_rows_are_chats_that_fine_tuning_reads(call, model, tmp_path):
+  asked = [{"role": "user", "content": "Who?"}]
+  (row,) = call(json.dumps({"messages": asked}), "chats=true")
+  assert row["messages"] == [*asked, {"role": "assistant", "content": row["text"]}]
+  place = f"model={model},data={tmp_path / 'out.jsonl'}"
+  run = config.load(f"configs/sft.py:{place},seq_len=64")
+  corpus = prepare(dataclasses.replace(run.data, held_out=0.0), tmp_path / "data")
+  assert corpus.report.sources[0].train.documents == 1
+  with pytest.raises(InputError, match="line 1: chats is true, and the prompt is no"):
+    call(ROWS, "chats=true", out="other.jsonl")

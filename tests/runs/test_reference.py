@@ -15,7 +15,8 @@ from jaxlm.data.tokenizers import Bytes
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, init, unbox
 from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
-from jaxlm.posttrain.objectives import Preference
+from jaxlm.posttrain.objectives import Preference, Reward
+from jaxlm.posttrain.reward import BradleyTerry
 from jaxlm.runs import reference
 from jaxlm.runs.samples import Samples
 from jaxlm.runs.train import Train
@@ -29,6 +30,7 @@ from jaxlm.training.schedules import Constant
 from runs import hooks
 
 STEPS = 8
+RECORD = "reference.json"
 BLOCK = Block(mixer=GQA(heads=2, kv_heads=2, head_dim=8), mlp=GLU(hidden=32))
 MODEL = LM(vocab=264, dim=16, pattern=(BLOCK,), repeats=1, head="tied")
 
@@ -118,7 +120,7 @@ def test_resume_in_the_middle_is_exact_to_the_bit(dpo, whole, tmp_path):
 def test_a_pair_is_never_scored_twice(dpo, whole, tmp_path, capsys):
   dpo(steps=1).run(tmp_path / "other")
   assert "log-probabilities found in" in capsys.readouterr().out
-  assert (tmp_path / "other" / reference.RECORD).exists()
+  assert (tmp_path / "other" / RECORD).exists()
 
 
 def test_other_weights_are_scored_anew(dpo, whole, tmp_path, capsys):
@@ -128,7 +130,7 @@ def test_other_weights_are_scored_anew(dpo, whole, tmp_path, capsys):
 
 def test_a_resumed_run_whose_first_weights_are_gone_is_refused(dpo, whole, tmp_path):
   dpo(steps=2).run(tmp_path / "w")
-  record = tmp_path / "w" / reference.RECORD
+  record = tmp_path / "w" / RECORD
   record.write_text(json.dumps({"weights": "0" * 32}))
   with pytest.raises(InputError, match=r"reference.json: this run's reference"):
     dpo().run(tmp_path / "w")
@@ -138,11 +140,11 @@ def test_a_first_try_with_other_weights_leaves_nothing_behind(dpo, whole, tmp_pa
   """Stopped after the pass over the data, before a step: its record counts nothing."""
   workdir = tmp_path / "w"
   dpo(steps=1, seed=7).run(workdir)
-  record = (workdir / reference.RECORD).read_text()
+  record = (workdir / RECORD).read_text()
   shutil.rmtree(workdir / "checkpoints")
   (workdir / "metrics.jsonl").write_text("")
   again = dpo().run(workdir)
-  assert (workdir / reference.RECORD).read_text() != record
+  assert (workdir / RECORD).read_text() != record
   first = next(row["loss"] for row in again.rows if "loss" in row)
   assert first == pytest.approx(np.log(2), abs=1e-6)
 
@@ -191,6 +193,9 @@ def test_the_fingerprint_is_of_values_and_not_of_layouts():
 def test_an_objective_must_go_with_its_data(dpo):
   with pytest.raises(InputError, match="Preferences is not what objective=NextToken"):
     dpo(objective=NextToken())
+  margins = Reward(loss=BradleyTerry(margin=True))
+  with pytest.raises(InputError, match=r"data.sources.0.source.margins: false, but"):
+    dpo(objective=margins, model=dataclasses.replace(MODEL, scores=1))
   loss = dataclasses.replace(Preference().loss, losses=(("aot", 1.0),))
   with pytest.raises(InputError, match="accumulate: 2, but aot sorts all pairs"):
     dpo(objective=Preference(loss=loss), accumulate=2)

@@ -163,7 +163,9 @@ def test_no_held_out_text_and_no_samples(tiny, tmp_path, capsys):
   result = tiny("data.held_out=0", "steps=2", "data.cache=none").run(
     str(tmp_path / "r")
   )
-  assert "data.held_out is 0: nothing is evaluated" in capsys.readouterr().out
+  assert (
+    "no row is held out (data.held_out=0.0): no evaluation" in capsys.readouterr().out
+  )
   assert [row["step"] for row in result.rows if "loss" in row] == [1, 2]
   assert not (tmp_path / "r/samples.txt").exists()
 
