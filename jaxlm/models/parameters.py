@@ -4,19 +4,54 @@ A parameter stands constrained to its own sharding. That changes nothing forward
 gradient it says, where it is made, that each device sums its own shard alone.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 
-from jaxlm.ops.weights import Blocked, Weight
+from jaxlm.ops.quantized import Quantized
+from jaxlm.ops.weights import Blocked, Lora, Weight
 from jaxlm.shapes import Array
 from jaxlm.sharding.rules import Layout
+
+
+class Matrix(NamedTuple):
+  """How a module declared a projection."""
+
+  axes: tuple[str | None, ...]
+  """Logical axis of each dim, without those of stacked layers."""
+  inputs: int
+  """How many of the first dims are summed over."""
+
+
+_DECLARED: contextvars.ContextVar[dict[str, Matrix] | None] = contextvars.ContextVar(
+  "declared", default=None
+)
+
+
+@contextlib.contextmanager
+def declared() -> Iterator[dict[str, Matrix]]:
+  """Gives a dict that collects {name: matrix} of all that is declared inside."""
+  found: dict[str, Matrix] = {}
+  token = _DECLARED.set(found)
+  try:
+    yield found
+  finally:
+    _DECLARED.reset(token)
 
 
 @runtime_checkable
 class Owner(Protocol):
   """A module that declares parameters."""
+
+  @property
+  def path(self) -> tuple[str, ...]:
+    """Linen's own names from the root."""
+    ...
 
   @property
   def layout(self) -> Layout:
@@ -53,10 +88,32 @@ def matrix(
   init: Any = nn.with_logical_partitioning(
     nn.initializers.truncated_normal(deviation), axes
   )
+  found = _DECLARED.get()
+  if found is not None:
+    found["/".join((*module.path, name))] = Matrix(axes, inputs)
   given = module.variables.get("params", {}).get(name)
-  if isinstance(given, Blocked):
+  if isinstance(given, Blocked | Quantized):
     return given
+  if isinstance(given, Lora):
+    return _placed(module.layout, given, axes, inputs)
   return module.layout.constrain(module.param(name, init, shape, dtype), *axes)
+
+
+def _placed(
+  layout: Layout, lora: Lora, axes: tuple[str | None, ...], inputs: int
+) -> Lora:
+  """Returns the leaf with each array constrained as the matrix is."""
+  magnitude = lora.magnitude
+  if magnitude is not None:
+    magnitude = layout.constrain(magnitude, *axes[inputs:])
+  base = lora.base
+  return dataclasses.replace(
+    lora,
+    base=layout.constrain(base, *axes) if isinstance(base, Array) else base,
+    a=layout.constrain(lora.a, *axes[:inputs], None),
+    b=layout.constrain(lora.b, None, *axes[inputs:]),
+    magnitude=magnitude,
+  )
 
 
 def table(

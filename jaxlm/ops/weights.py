@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxlm.ops.collectives import scatter_sum
 from jaxlm.ops.fusion import unfused
+from jaxlm.ops.quantized import Quantized
 from jaxlm.shapes import Array, Float, Int
 from jaxlm.sharding.rules import Layout
 
@@ -61,8 +62,58 @@ class Blocked:
     return unfused(jnp.sum(x[None, :, None] * blocks_NIL, axis=1)).reshape(-1)
 
 
-Weight = Float[Array, "..."] | Blocked
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """A matrix W that two thin ones change: W + scale A B (Hu et al. 2021).
+
+  With a magnitude, each output's column of that sum has this length instead of its own,
+  whose gradient is left out (Liu et al. 2024, DoRA, section 4.3).
+  """
+
+  base: "Weight"
+  """W, as the module declares it."""
+  a: Array
+  """W's input dims, then the rank."""
+  b: Array
+  """The rank, then W's output dims."""
+  magnitude: Array | None = None
+  """W's output dims."""
+  scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+  """alpha / rank, say."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """As the module declares it."""
+    return self.base.shape
+
+  def merged(self) -> Array:
+    """Returns the one matrix in their place, in the dtype of W."""
+    inputs = self.a.ndim - 1
+    base = whole(self.base)
+    a, b = (factor.astype(jnp.float32) for factor in (self.a, self.b))
+    total = base.astype(jnp.float32) + self.scale * jnp.tensordot(a, b, 1)
+    if self.magnitude is not None:
+      norm = jnp.sqrt(jnp.sum(jnp.square(total), axis=range(inputs)))
+      total *= jnp.expand_dims(self.magnitude / norm, tuple(range(inputs)))
+    return total.astype(base.dtype)
+
+
+Weight = Float[Array, "..."] | Blocked | Lora | Quantized
 """What a matrix may be."""
+
+
+def whole(weight: Weight) -> Array:
+  """Returns a weight as the array that the module declared."""
+  match weight:
+    case Blocked():
+      return weight.whole
+    case Quantized():
+      return weight.whole()
+    case Lora():
+      return weight.merged()
+    case _:
+      return weight
 
 
 def einsum(
@@ -79,6 +130,10 @@ def einsum(
   weight's own dtype.
   """
   dtype = jnp.dtype(result or x.dtype)
+  if isinstance(weight, Lora):
+    return _adapted(equation, dtype, x, weight)
+  if isinstance(weight, Quantized):
+    weight = weight.whole(x.dtype)
   if isinstance(weight, Blocked):
     operands, dims = equation.split("->")
     left, right = operands.split(",")
@@ -89,6 +144,25 @@ def einsum(
       return weight.times(x).reshape([sizes[dim] for dim in dims]).astype(dtype)
     weight = weight.whole
   return _product(equation, dtype, x, weight)
+
+
+def _adapted(equation: str, dtype: jnp.dtype, x: Array, lora: Lora) -> Array:
+  """Returns x (W + scale A B), without that matrix unless a magnitude asks for it."""
+  operands, result = equation.split("->")
+  left, right = operands.split(",")
+  summed = "".join(dim for dim in right if dim not in result)
+  made = "".join(dim for dim in right if dim in result)
+  kept = "".join(dim for dim in left if dim not in summed)
+  low = einsum(f"{left},{summed}r->{kept}r", x, lora.a)
+  change = einsum(f"{kept}r,r{made}->{result}", low, lora.b, result=dtype)
+  y = einsum(equation, x, lora.base, result=dtype) + lora.scale * change
+  if lora.magnitude is None:
+    return y
+  plain = dataclasses.replace(lora, magnitude=None)
+  total = jax.lax.stop_gradient(plain).merged().astype(jnp.float32)
+  axes = tuple(range(len(summed)))
+  factor = lora.magnitude / jnp.sqrt(jnp.sum(jnp.square(total), axis=axes))
+  return jnp.einsum(f"{result},{made}->{result}", y, factor.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

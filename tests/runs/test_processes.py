@@ -18,6 +18,7 @@ from jaxlm import config
 from jaxlm.launch import local
 from jaxlm.posttrain import objectives
 from jaxlm.training.checkpoints import steps_in
+from jaxlm.training.metrics import read
 from runs import hooks
 from runs.conftest import TINY
 
@@ -126,6 +127,39 @@ def test_other_processes_and_meshes_go_on_from_its_checkpoint(start, single, tmp
   assert steps_in(workdir / "checkpoints") == [4, 8]
   assert start(workdir, 1, 8, seldom, "mesh.data=2", "mesh.tensor=2")[0] == 0
   require_near(single, workdir)
+
+
+def test_two_processes_make_one_reference(tmp_path, monkeypatch):
+  """Into one folder, as on a shared disk; the losses are those of one process."""
+  pairs = tmp_path / "pairs.jsonl"
+  rows = [
+    {"prompt": f"Say {i}:", "chosen": "yes " * (1 + i % 5), "rejected": f"no {i}"}
+    for i in range(40)
+  ]
+  pairs.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+  spec = f"{HOOKS.with_name('tiny_pairs.py')}:pairs={pairs}"
+  alone = config.load(spec).run(tmp_path / "one").workdir
+  for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
+    monkeypatch.delenv(name, raising=False)
+  words = [
+    sys.executable, "-m", "jaxlm", f"--config={spec}", f"--workdir={tmp_path / 'two'}",
+    f"--config.data.cache={tmp_path / 'rows'}",
+  ]  # fmt: skip
+  assert local.run(words, 2, 2) == 0
+  require_near(alone, tmp_path / "two", steps=4)
+  held_out = [
+    {
+      row["step"]: row["held_out/margin"]
+      for row in read(place)
+      if "held_out/margin" in row
+    }
+    for place in (alone, tmp_path / "two")
+  ]
+  assert held_out[0].keys() == {2, 4}
+  for step, margin in held_out[0].items():
+    assert held_out[1][step] == pytest.approx(margin, abs=1e-5)
+  assert len(list((tmp_path / "rows").glob("*/reference-*.json"))) == 1
+  assert not list((tmp_path / "rows").glob("*/*.*.*.????????.npy"))
 
 
 def test_what_one_process_sees_otherwise_is_told(start, whole, tmp_path, capfd):
