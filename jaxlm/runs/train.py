@@ -387,7 +387,9 @@ def averaged(state: TrainState) -> PyTree:
 
 
 def _last_score(rows: list[dict[str, Any]]) -> str:
-  scores = [row for row in rows if "held_out/bits_per_byte" in row]
-  if not scores:
-    return ""
-  return f"Held-out bits per byte: {scores[-1]['held_out/bits_per_byte']:.4f}."
+  scores = [row for row in rows if any(name.startswith("held_out/") for name in row)]
+  for name in ("bits per byte", "loss"):
+    value = scores[-1].get(f"held_out/{name.replace(' ', '_')}") if scores else None
+    if value is not None:
+      return f"Held-out {name}: {value:.4f}."
+  return ""

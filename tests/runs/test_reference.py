@@ -119,7 +119,10 @@ def test_resume_in_the_middle_is_exact_to_the_bit(dpo, whole, tmp_path):
 
 def test_a_pair_is_never_scored_twice(dpo, whole, tmp_path, capsys):
   dpo(steps=1).run(tmp_path / "other")
-  assert "log-probabilities found in" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "log-probabilities found in" in out
+  assert "finished: step 1 in" in out
+  assert "Held-out loss: 0." in out
   assert (tmp_path / "other" / RECORD).exists()
 
 
