@@ -17,7 +17,8 @@ method=nll 4.525 in 39 s, forward 4.313 in 3 min 10 s, top_k=64 4.567, top_k=64,
 4.375 (`experiments/posttraining/RESULT.md`).
 
 On sequences (Kim and Rush 2016) the teacher writes answers, and the student learns them
-by configs/sft.py:
+by configs/sft.py. An answer that was cut at --config.tokens is learnt as if it ended
+there: leave out rows whose `ended` is "length".
 
     uv run jaxlm --config.chats=true \
       --config=configs/generate.py:model=TEACHER,prompts=prompts.jsonl,out=out.jsonl
@@ -32,14 +33,14 @@ from jaxlm.data.sources import Jsonl
 from jaxlm.data.spec import Data, Weighted
 from jaxlm.errors import InputError
 from jaxlm.interop.checkpoint import open_model
-from jaxlm.models.spec import GLU, GQA, LM, Block, for_length
+from jaxlm.models.spec import GLU, GQA, LM, Block, Precision, for_length
 from jaxlm.posttrain.distill import Distill
 from jaxlm.posttrain.divergence import Divergence
 from jaxlm.runs.samples import Samples
 from jaxlm.runs.train import Train
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.objective import NextToken
-from jaxlm.training.optimizers import Muon
+from jaxlm.training.optimizers import AdamW, Muon
 from jaxlm.training.schedules import WarmupCosine
 
 
@@ -51,22 +52,31 @@ def get_config(
   top_k: int = 0,
   nll: float = 0.0,
   text: str = "jaxlm://corpora/shakespeare.jsonl.gz",
-  dim: int = 128,
-  layers: int = 2,
+  dim: int | None = None,
+  layers: int | None = None,
   seq_len: int = 256,
   batch: int = 8,
   steps: int = 300,
-  lr: float = 6e-3,
+  lr: float | None = None,
 ) -> Train:
   """Returns the run; the student takes ids and tokenizer of the teacher."""
+  if student and (dim, layers) != (None, None):
+    raise InputError(f"student: {student} has dim and layers of its own; leave both.")
+  dim, layers = (128 if dim is None else dim), (2 if layers is None else layers)
   if dim % 64:
     raise InputError(f"dim: {dim} is no multiple of 64, the dim of a head.")
   vocab = open_model(teacher, "teacher").model.vocab
   mixer = GQA(heads=dim // 64, kv_heads=dim // 64, head_dim=64)
   block = Block(mixer=mixer, mlp=GLU(hidden=3 * dim))
   model = LM(vocab=vocab, dim=dim, pattern=(block,), repeats=layers, head="tied")
+  precision = Precision()
+  rate = WarmupCosine(peak=6e-3 if lr is None else lr, warmup=20)
+  optimizer: Muon | AdamW = Muon(lr=rate)
   if student:
-    model = for_length(open_model(student, "student").model, seq_len)
+    opened = open_model(student, "student")
+    model, precision = for_length(opened.model, seq_len), Precision(params=opened.dtype)
+    rate = WarmupCosine(peak=5e-5 if lr is None else lr, warmup=20)
+    optimizer = AdamW(lr=rate)
   objective: NextToken | Distill = NextToken()
   if method != "nll":
     objective = Distill(
@@ -77,6 +87,7 @@ def get_config(
   return Train(
     model=model,
     initial=student or None,
+    precision=precision,
     objective=objective,
     data=Data(
       sources=(Weighted(source=Jsonl(path=text)),),
@@ -84,7 +95,7 @@ def get_config(
       seq_len=seq_len,
       batch=batch,
     ),
-    optimizer=Muon(lr=WarmupCosine(peak=lr, warmup=20)),
+    optimizer=optimizer,
     steps=steps,
     checkpoints=Checkpoints(every=100),
     samples=Samples(prompts=("ROMEO\n",), tokens=96),

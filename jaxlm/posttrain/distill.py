@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, head_weight
 from jaxlm.ops.attention import soft_cap
+from jaxlm.ops.weights import einsum
 from jaxlm.posttrain.divergence import Divergence, divergence, from_top_k
 from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding.rules import Layout
@@ -126,16 +127,17 @@ class _Head(NamedTuple):
 
   @classmethod
   def of(cls, decoder: Decoder, params: PyTree) -> "_Head":
-    """Returns the head, gathered once for all chunks."""
-    weight_DV = head_weight(decoder.spec, params).astype(decoder.precision.compute)
+    """Returns the head, gathered once for all chunks.
+
+    In float32, so that its gradient is summed over the chunks in float32.
+    """
+    weight_DV = head_weight(decoder.spec, params).astype(jnp.float32)
     weight_DV = decoder.layout.constrain(weight_DV, None, "vocab")
     return cls(decoder.layout, weight_DV, decoder.spec.softcap)
 
   def logits(self, x_BSCD: Array) -> Array:
     """Returns float32 logits of a chunk."""
-    raw = jnp.einsum(
-      "BSCD,DV->BSCV", x_BSCD, self.weight_DV, preferred_element_type=jnp.float32
-    )
+    raw = einsum("BSCD,DV->BSCV", x_BSCD, self.weight_DV, result=jnp.float32)
     split = self.layout.constrain(raw, "batch", "sequence", None, "vocab")
     return soft_cap(split, self.softcap)
 

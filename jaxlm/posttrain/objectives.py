@@ -142,7 +142,7 @@ def check(spec: Spec, data: Data, model: LM, micro_batches: int) -> None:
     if isinstance(spec, Reward) and spec.loss.margin and not margins:
       raise InputError(
         f"data.sources.{index}.source.margins: false, but objective.loss.margin takes "
-        "each row's margin; set both or neither."
+        f"each row's margin. Set data.sources.{index}.source.margins=true first."
       )
   if data.even and not isinstance(spec, NextToken | Distill):
     raise InputError(f"data.even: objective={name} has no weights of tokens.")

@@ -57,7 +57,8 @@ class Generate:
   """How many of the likeliest tokens to write at each place."""
   chats: bool = False
   """Whether each row of the file also has `messages`, the prompt's and the answer, for
-  configs/sft.py to learn from; then all prompts must be messages."""
+  configs/sft.py to learn from, cut answers included; then all prompts must be
+  messages."""
   batch: int = 8
   """Rows at a time."""
   chunk: int = 512

@@ -79,26 +79,46 @@ def attach(
     InputError: the files are damaged, or the weights are not the recorded ones.
   """
   what, folder = reference.what, Path(corpus.report.place)
-  record = workdir / f"{what}.json"
-  key = json.loads(record.read_text())["weights"] if resumed else None
+  key = _recorded(what, workdir) if resumed else None
   if key is not None and _agreed(_complete(reference, folder, key)):
     print(f"{what}: log-probabilities found in {folder}")
     return _load(reference, folder, key, corpus)
   params = initial()
   found = fingerprint(reference.decoder, params, reference.options)
-  if key is not None and found != key:
-    raise InputError(
-      f"{record}: this run's {what} was the weights {key}, and now they are {found}. "
-      "Bring the first weights back, or give another --workdir."
-    )
-  if processes.first():
-    files.write_atomic(record, json.dumps({"weights": found}))
+  record(what, workdir, found, resumed=resumed)
   if _agreed(_complete(reference, folder, found)):
     print(f"{what}: log-probabilities found in {folder}")
   else:
     _write(reference, corpus, folder, found, params)
     print(f"{what}: log-probabilities written in {folder}")
   return _load(reference, folder, found, corpus)
+
+
+def record(what: str, workdir: epath.Path, found: str, *, resumed: bool) -> None:
+  """Writes which weights a frozen model has; of a resumed run, compares them.
+
+  Raises:
+    InputError: they are not the recorded ones.
+  """
+  key = _recorded(what, workdir) if resumed else found
+  if found != key:
+    raise InputError(
+      f"{workdir / what}.json: this run's {what} was the weights {key}, and now they "
+      f"are {found}. Bring the first weights back, or give another --workdir."
+    )
+  if processes.first():
+    place = workdir / f"{what}.json"
+    files.write_atomic(place, json.dumps({"weights": found}))
+
+
+def _recorded(what: str, workdir: epath.Path) -> str:
+  place = workdir / f"{what}.json"
+  if not place.exists():
+    raise InputError(
+      f"{place} is gone, so nothing says which weights this run's {what} was. Bring it "
+      "back, or give another --workdir."
+    )
+  return json.loads(place.read_text())["weights"]
 
 
 def fingerprint(decoder: Decoder, params: PyTree, options: str = "") -> str:
@@ -175,7 +195,8 @@ def _write(
   score = jax.jit(reference.score, out_shardings=whole)
   hashes: dict[str, str] = {}
   total = sum(len(source) for _, _, source in _halves(corpus))
-  print(f"{reference.what}: scoring {total:,} rows once")
+  size = total * (corpus.report.seq_len + 1) * sum(map(_width, reference.fields))
+  print(f"{reference.what}: scoring {total:,} rows once, {size / 1e6:,.1f} MB")
   for index, half, source in _halves(corpus):
     stem, own = _stem(folder, index, half), uuid.uuid4().hex[:8]
     with contextlib.ExitStack() as stack:
@@ -208,6 +229,11 @@ def _write(
   files.write_atomic(told, json.dumps(hashes))
 
 
+def _width(field: Field) -> int:
+  """Returns the bytes of a field at each token."""
+  return math.prod(field.inner) * np.dtype(field.dtype).itemsize
+
+
 def _shape(field: Field, source: rows.Rows, corpus: Corpus) -> tuple[int, ...]:
   return (len(source), corpus.report.seq_len + 1, *field.inner)
 
@@ -225,7 +251,8 @@ def _load(reference: Reference, folder: Path, key: str, corpus: Corpus) -> Corpu
         values = rows.load_field(stem, f"{field.name}-{key}", shape)
         if _hash(values) != hashes[f"{stem.name}.{field.name}"]:
           raise ValueError("its bytes are not those that were written")
-        if not math.isfinite(float(values.sum(dtype=np.float64))):
+        floats = np.issubdtype(values.dtype, np.floating)
+        if floats and not math.isfinite(float(values.sum(dtype=np.float64))):
           raise ValueError("it holds numbers that are not finite")
         extras[field.name] = values
     except (OSError, ValueError, LookupError) as error:

@@ -174,6 +174,7 @@ class Train:
         files.write_atomic(workdir / FAMILY, opened.family.name)
     if isinstance(self.objective, distill.Distill):
       teacher = open_model(self.objective.teacher, TEACHER)
+      print(f"teacher: {teacher.place} ({teacher.kind}, {teacher.stored}), frozen")
       data = initial.with_tokenizer(data, teacher, workdir)
     # The first makes the cache; the others find it, or make their own where their disk
     # is not the first's.
@@ -240,8 +241,11 @@ class Train:
       first = restored.data["next_batch"] if restored else 0
       place = Placement.of(layout, self.data)
       corpus = self._with_fields(parts, corpus, place, workdir, state, start)
-      if parts.task.frozen is not None:
-        place = place.beside(parts.task.frozen.load())
+      if parts.task.frozen is not None and parts.teacher is not None:
+        frozen = parts.task.frozen.load()
+        weights = reference.fingerprint(parts.teacher.decoder, frozen)
+        reference.record("teacher", workdir, weights, resumed=start > 0)
+        place = place.beside(frozen)
       evaluate = self._evaluator(parts, corpus, place)
       with (
         Loader(corpus, self.data, rows=place.rows, start=first) as loader,

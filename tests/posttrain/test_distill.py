@@ -116,6 +116,24 @@ def test_chunks_on_a_mesh_equal_whole_logits_on_a_device(name, mesh):
     assert scale > 1e-6
 
 
+def test_the_head_s_gradient_is_summed_in_float32():
+  """However small the chunks, under a computation in bfloat16."""
+  student, teacher, params, frozen = models(MESHES[0])
+  student, teacher = (
+    one.clone(precision=Precision(compute="bfloat16")) for one in (student, teacher)
+  )
+  batch = jax.tree.map(jnp.asarray, rows()) | {"frozen": frozen}
+
+  def head(chunk):
+    spec = Distill(teacher="", chunk=chunk)
+    task = distill.task(spec, student, Teacher(teacher, Frozen(None, lambda: frozen)))
+    total = lambda p: task.objective(p, batch, jax.random.key(0)).numerator  # noqa: E731
+    return jax.grad(total)(params)["head"]
+
+  many, one = head(1), head(T)
+  assert float(jnp.linalg.norm(many - one)) < 1e-4 * float(jnp.linalg.norm(one))
+
+
 def test_the_logits_of_a_whole_row_are_never_held():
   """Neither the student's nor the teacher's, forward or backward."""
   spec = SPECS["forward"]

@@ -1,6 +1,7 @@
 """Distillation in the one loop: beside the student, and stored beside the data."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -76,6 +77,9 @@ def test_what_is_stored_bounds_the_whole_from_below(distil, tmp_path):
     run = distil(mode, "steps=1", "evaluate_every=1")
     first[mode] = losses(run.run(tmp_path / mode))[0]["divergence"]
   assert 0.3 * first["beside"] < first["stored"] < first["beside"]
+  run = distil("stored", "steps=1", "evaluate_every=1", top_k=264)
+  every = losses(run.run(tmp_path / "all"))[0]["divergence"]
+  assert every == pytest.approx(first["beside"], rel=1e-5)
 
 
 def test_resume_is_exact_to_the_bit(whole, distil, tmp_path, capsys):
@@ -138,3 +142,15 @@ def test_the_plan_counts_the_teacher(distil):
     told.lines
   )
   assert plan.report(plan.prepare(distil("stored"), target)).predicted.frozen == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_teacher_on_resuming_is_refused(mode, distil, tmp_path):
+  distil(mode, "steps=1").run(tmp_path / "w")
+  record = tmp_path / "w" / "teacher.json"
+  record.write_text(json.dumps({"weights": "0" * 32}))
+  with pytest.raises(InputError, match=r"this run's teacher was the weights 0000"):
+    distil(mode, "steps=2").run(tmp_path / "w")
+  record.unlink()
+  with pytest.raises(InputError, match=r"teacher.json is gone"):
+    distil(mode, "steps=2").run(tmp_path / "w")
