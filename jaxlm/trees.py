@@ -31,10 +31,15 @@ def named_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any
   return {name_of(path): leaf for path, leaf in flat}
 
 
-def map_named(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+def map_named(
+  fn: Callable[..., Any],
+  tree: PyTree,
+  *rest: PyTree,
+  is_leaf: Callable | None = None,
+) -> PyTree:
   """Maps `fn(name, leaf, *leaves of rest)` over a tree."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: fn(name_of(path), *leaves), tree, *rest
+    lambda path, *leaves: fn(name_of(path), *leaves), tree, *rest, is_leaf=is_leaf
   )
 
 

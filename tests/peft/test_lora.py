@@ -15,6 +15,7 @@ from jaxlm.models.spec import GLU, GQA, LM, Block, Precision
 from jaxlm.ops.weights import Lora, einsum
 from jaxlm.peft import lora
 from jaxlm.peft.lora import LoRA
+from jaxlm.peft.targets import get, merge, targets_of
 from jaxlm.quantization.formats import NF4, Int8, quantize
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout
@@ -112,9 +113,10 @@ def moved(adapters):
 
 def test_a_new_adapter_changes_no_bit():
   model = decoder()
-  base, targets = base_of(model), lora.targets_of(LoRA(rank=2), model)
-  params = lora.attach(targets, base, lora.init(targets, base, jax.random.key(1)))
-  assert len(targets.matrices) == 2 * 7
+  base, tuned = base_of(model), lora.tuning(LoRA(rank=2), model)
+  adapters = tuned.init(base, jax.random.key(1))
+  params = tuned.attach(base, adapters, None)
+  assert len(jax.tree.leaves(adapters)) == 2 * 7 * 2
   np.testing.assert_array_equal(outputs(model, params), outputs(model, base))
 
 
@@ -122,11 +124,11 @@ def test_a_new_adapter_changes_no_bit():
 def test_merged_parameters_write_the_same(dora):
   model = decoder()
   spec = LoRA(rank=3, dora=dora, targets=("attention", "mlp/up$"))
-  base, targets = base_of(model), lora.targets_of(spec, model)
-  adapters = moved(lora.init(targets, base, jax.random.key(1)))
-  params = lora.attach(targets, base, adapters)
+  base, tuned = base_of(model), lora.tuning(spec, model)
+  adapters = moved(tuned.init(base, jax.random.key(1)))
+  params = tuned.attach(base, adapters, None)
   kept = jax.tree.map(np.asarray, base)
-  merged = lora.merge(targets, params)
+  merged = merge(params)
   assert jax.tree.structure(merged) == jax.tree.structure(base)
   wanted = outputs(model, params)
   assert float(jnp.abs(wanted - outputs(model, base)).max()) > 0.05
@@ -145,12 +147,12 @@ def test_a_mesh_changes_neither_loss_nor_gradient(mesh, dora):
   def found(model):
     everywhere = model.layout.sharding()
     base = jax.device_put(base_of(decoder()), everywhere)
-    targets = lora.targets_of(spec, model)
-    adapters = moved(lora.init(targets, base, jax.random.key(1)))
+    tuned = lora.tuning(spec, model)
+    adapters = moved(tuned.init(base, jax.random.key(1)))
     ids = jax.device_put(tokens(), model.layout.sharding("batch", "sequence"))
 
     def loss(adapters):
-      params = lora.attach(targets, base, adapters)
+      params = tuned.attach(base, adapters, None)
       x_BTD, _ = model.apply({"params": params}, ids)
       return jnp.mean(jnp.square(logits(MODEL, params, x_BTD)))
 
@@ -172,18 +174,19 @@ def test_a_mesh_changes_neither_loss_nor_gradient(mesh, dora):
 def test_adapters_over_a_quantized_base(spec):
   """The one einsum reads both; gradients are those over the base as it was rounded."""
   model = decoder()
-  base, targets = base_of(model), lora.targets_of(LoRA(rank=2), model)
-  adapters = moved(lora.init(targets, base, jax.random.key(1)))
+  base, tuned = base_of(model), lora.tuning(LoRA(rank=2), model)
+  targets = targets_of(("all-linear",), model)
+  adapters = moved(tuned.init(base, jax.random.key(1)))
   rounded, few = dict(base), dict(base)
   for name, matrix in targets.matrices.items():
     leaf = quantize(
-      spec, lora._get(base, name), inputs=matrix.inputs, stacked=targets.stacked(name)
+      spec, get(base, name), inputs=matrix.inputs, stacked=targets.stacked(name)
     )
     few = replaced(few, name, leaf)
     rounded = replaced(rounded, name, leaf.whole())
 
   def loss(adapters, base):
-    params = lora.attach(targets, base, adapters)
+    params = tuned.attach(base, adapters, None)
     x_BTD, _ = model.apply({"params": params}, tokens())
     return jnp.mean(jnp.square(logits(MODEL, params, x_BTD)))
 
@@ -192,8 +195,8 @@ def test_adapters_over_a_quantized_base(spec):
   assert float(jnp.abs(gradient(adapters, base)[0] - wanted[0])) > 0
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
-  merged = lora.merge(targets, lora.attach(targets, few, adapters))
-  plain = lora.merge(targets, lora.attach(targets, rounded, adapters))
+  merged = merge(tuned.attach(few, adapters, None))
+  plain = merge(tuned.attach(rounded, adapters, None))
   jax.tree.map(np.testing.assert_array_equal, merged, plain)
 
 
@@ -204,11 +207,11 @@ def replaced(tree, name, value):
 
 
 def test_adapters_are_sharded_as_their_matrices():
-  targets = lora.targets_of(LoRA(rank=2, dora=True), decoder())
+  tuned = lora.tuning(LoRA(rank=2, dora=True), decoder())
   base = base_of(decoder())
-  adapters = named_leaves(lora.init(targets, base, jax.random.key(0)))
+  adapters = named_leaves(tuned.init(base, jax.random.key(0)))
   is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-  axes = named_leaves(lora.axes_of(targets), is_axes)
+  axes = named_leaves(tuned.axes, is_axes)
   assert axes.keys() == adapters.keys()
   for name, leaf in adapters.items():
     assert len(axes[name]) == leaf.ndim, name
@@ -221,9 +224,9 @@ def test_refusals():
   with pytest.raises(
     InputError, match=r"adapters.rank: 17 is larger than .* 16 x 16; at most 16"
   ):
-    lora.targets_of(LoRA(rank=17), decoder())
+    lora.tuning(LoRA(rank=17), decoder())
   with pytest.raises(InputError, match=r"adapters.targets: 'mixer/w' finds nothing"):
-    lora.targets_of(LoRA(targets=("mixer/w",)), decoder())
+    lora.tuning(LoRA(targets=("mixer/w",)), decoder())
   for fields, told in (
     ({"rank": 0}, "adapters.rank: 0 is under 1"),
     ({"alpha": 0.0}, "adapters.alpha: 0.0 is not a positive"),
