@@ -19,11 +19,15 @@ trained on a pod yet. By the plan (experiments/plan/, libtpu 0.0.42.1):
 
 from typing import Literal
 
+from jaxlm.data.pretrained import Pretrained
 from jaxlm.data.sources import Jsonl
 from jaxlm.data.spec import Data, Weighted
 from jaxlm.data.tokenizers import SentencePiece
+from jaxlm.errors import InputError
 from jaxlm.models.families.llama import Size, llama
 from jaxlm.models.spec import Precision
+from jaxlm.peft.lora import LoRA
+from jaxlm.quantization.formats import NF4
 from jaxlm.runs.samples import Samples
 from jaxlm.runs.train import Train
 from jaxlm.training.checkpoints import Checkpoints
@@ -42,20 +46,30 @@ def get_config(
   batch: int = 256,
   steps: int = 100_000,
   text: str = "text/*.jsonl.zst",
+  method: Literal["whole", "lora", "qlora"] = "whole",
+  model: str | None = None,
 ) -> Train:
   """Returns the run; every argument can be given after the file's name."""
+  if method != "whole" and model is None:
+    raise InputError(f"model: method={method} trains beside a model; name its folder.")
+  beside, shape = method != "whole", llama(NAMES[size])
   return Train(
-    model=llama(NAMES[size]),
+    model=shape,
+    initial=model,
+    adapters=LoRA(rank=16, alpha=32.0) if beside else None,
+    quantized=NF4() if method == "qlora" else None,
     data=Data(
       sources=(Weighted(source=Jsonl(path=text)),),
-      tokenizer=SentencePiece(vocab=128_000),
+      tokenizer=SentencePiece(vocab=128_000)
+      if model is None
+      else Pretrained(path=model, vocab=shape.vocab),
       seq_len=seq_len,
       batch=batch,
       held_out=0.001,
     ),
     optimizer=AdamW(lr=WarmupCosine(peak=PEAKS[size], warmup=2000)),
     steps=steps,
-    precision=Precision(compute="bfloat16"),
+    precision=Precision(params="bfloat16" if beside else "float32", compute="bfloat16"),
     remat="full",
     evaluate_every=1000,
     checkpoints=Checkpoints(every=1000),

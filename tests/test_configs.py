@@ -24,6 +24,7 @@ ARGUMENTS = {
   "distill": f"teacher={MODEL}",
   "dpo": f"model={MODEL},method=mpo",
   "kto": f"model={MODEL}",
+  "lora": f"model={MODEL},objective=reward",
   "reward_model": f"model={MODEL}",
 }
 UNTRAINED = ("chat", "convert", "decode", "generate", "score")

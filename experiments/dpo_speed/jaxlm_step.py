@@ -18,7 +18,8 @@ from jaxlm.posttrain import objectives
 from jaxlm.posttrain.objectives import Preference
 from jaxlm.runs import initial
 from jaxlm.runs.assembled import assemble, compiled
-from jaxlm.runs.train import Placement, Train
+from jaxlm.runs.fields import Placement
+from jaxlm.runs.train import Train
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import Layout
 from jaxlm.training.optimizers import AdamW

@@ -31,9 +31,10 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.posttrain.objectives import target_log_probs
 from jaxlm.posttrain.sequences import Slots
 from jaxlm.runs import initial
+from jaxlm.runs.fields import Placement
 from jaxlm.runs.initial import with_tokenizer
 from jaxlm.runs.samples import Samples, write_samples
-from jaxlm.runs.train import Placement, Train
+from jaxlm.runs.train import Train
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import Layout

@@ -9,6 +9,7 @@ stream.py      tensors to sharded arrays and back, one tensor at a time
 hf.py          config.json and safetensors
 gguf.py        GGUF files; vocabulary.py the vocabularies inside them,
                pretokenizers.py the ways these cut text into words
+adapted.py     a model out of a run that trained adapters
 own.py         jaxlm's own folder of a model
 progress.py    a bar over parameters
 

@@ -10,6 +10,7 @@ A Hugging Face folder, a GGUF file, jaxlm's own folder of a model, or a run's wo
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
 import uuid
@@ -24,6 +25,7 @@ from jaxlm import files
 from jaxlm.data import sentencepieces, tokenizers
 from jaxlm.errors import InputError
 from jaxlm.interop import gguf, hf, own, stream, vocabulary
+from jaxlm.interop.adapted import Adapted, adapted_of
 from jaxlm.interop.family import Family
 from jaxlm.interop.names import Entry, Table, check_tensors, entries
 from jaxlm.interop.registry import by_name, family_of
@@ -66,11 +68,49 @@ class Opened:
     """
     plan = stream.Plan.of(decoder)
     if self.source is None:
+      adapted = adapted_of(self.place)
+      if adapted is not None:
+        return self._adapted(adapted, decoder, tell)
       read = own.restore(self.place, plan)
       tell(sum(leaf.size for leaf in jax.tree.leaves(read)))
       return read
     wanted = self._entries(plan)
     return stream.load(plan, self.source, wanted, tell)
+
+  def _adapted(self, adapted: Adapted, decoder: Decoder, tell: Tell) -> PyTree:
+    run = adapted.run
+    precision = dataclasses.replace(decoder.precision, params=run.precision.params)
+    first = open_model(run.initial, "initial")
+    weights = first.started(decoder.clone(precision=precision), run.seed, tell)
+    return adapted.merged(decoder, weights)
+
+  def started(self, decoder: Decoder, seed: int, tell: Tell = _nothing) -> PyTree:
+    """Returns the weights, for a model that may differ in what has no parameters.
+
+    A reward model made of a language model draws its head from the seed.
+
+    Raises:
+      InputError: a parameter differs in name or shape.
+    """
+    model = decoder.spec
+    if model.scores == self.model.scores:
+      return dataclasses.replace(self, model=model).params(decoder, tell)
+    if self.model.scores is not None or model.scores is None:
+      raise InputError(
+        f"{self.place} has {self.model.scores} scores and the model {model.scores}. A "
+        "reward model starts from a language model, or from one of as many scores."
+      )
+    plain = decoder.clone(spec=dataclasses.replace(model, scores=None))
+    params = dataclasses.replace(self, model=plain.spec).params(plain, tell)
+    params.pop("head", None)
+    shape = (model.dim, model.scores)
+
+    def draw() -> jax.Array:
+      drawn = jax.random.normal(jax.random.key(seed), shape) / math.sqrt(shape[0])
+      return drawn.astype(decoder.precision.params)
+
+    sharding = decoder.layout.sharding("embed", None)
+    return params | {"score": jax.jit(draw, out_shardings=sharding)()}
 
   def largest_difference(self, params: PyTree, tell: Tell = _nothing) -> float:
     """Returns the largest |difference| of parameters from what stands in the file."""

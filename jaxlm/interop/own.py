@@ -122,10 +122,19 @@ def restore(folder: epath.Path, plan: Plan) -> PyTree:
     plan.shardings,
   )
   checkpoints.check_same_model(place, target)
-  averaged = not (folder / MODEL).exists() and _keeps_average(folder)
+  averaged = not (folder / MODEL).exists() and run_of(folder).ema is not None
+  if averaged:
+    print(f"{place}: the average of the parameters is used, as in its evaluations")
+  return restore_arrays(place, target, averaged=averaged)
+
+
+def restore_arrays(place: epath.Path, target: PyTree, *, averaged: bool) -> PyTree:
+  """Returns the parameters of a checkpoint's folder, or the average that it keeps.
+
+  `target` holds a ShapeDtypeStruct with its sharding for each.
+  """
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
     if averaged:
-      print(f"{place}: the average of the parameters is used, as in its evaluations")
       item = {"ema": target}
       restore_args = ocp.checkpoint_utils.construct_restore_args(item)
       args = ocp.args.PyTreeRestore(
@@ -138,6 +147,6 @@ def restore(folder: epath.Path, plan: Plan) -> PyTree:
     return read["params"]
 
 
-def _keeps_average(folder: epath.Path) -> bool:
-  read: Any = config.from_json((folder / "config.json").read_text())
-  return read.ema is not None
+def run_of(folder: epath.Path) -> Any:
+  """Returns the config of the run whose workdir this is."""
+  return config.from_json((folder / "config.json").read_text())

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.models import count, spec
 from jaxlm.models.attention import work_of
@@ -65,7 +66,7 @@ def held_bytes(shapes: PyTree, shardings: PyTree) -> float:
 
 
 def predict(
-  decoder: Decoder, plan: Plan, work: Work, frozen: Frozen | None = None
+  decoder: Decoder, plan: Plan, work: Work, frozen: tuple[Frozen, ...] = ()
 ) -> Memory:
   """Returns the memory of a device in a training step.
 
@@ -74,15 +75,16 @@ def predict(
   shapes, shardings = plan.shapes, plan.shardings
   parameters = held_bytes(shapes.params, shardings.params)
   state = held_bytes(shapes, shardings)
-  width = count.BYTES[decoder.precision.params]
-  gradients = parameters * 4 / width
+  in_float32 = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes.params
+  )
+  gradients = held_bytes(in_float32, shardings.params)
   # The loss comes before there is a gradient of a layer, the embedding after them all.
   fullest = max(_loss(decoder, work) - gradients, _backward(decoder, work))
   temporaries = max(kept(decoder, work) + fullest, _embedding(decoder))
-  beside = 0.0
-  if frozen is not None:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen.shapes)
-    beside = held_bytes(frozen.shapes, shardings)
+  kept_beside = [part.shapes for part in frozen]
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, kept_beside)
+  beside = held_bytes(kept_beside, shardings)
   return Memory(parameters, state - parameters, gradients, beside, temporaries)
 
 

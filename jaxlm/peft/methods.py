@@ -1,20 +1,39 @@
 """Every method of tuning in one table: its spec, and what makes a `Tuning` of it."""
 
+from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder
-from jaxlm.peft import lora
+from jaxlm.peft import lora, part
 from jaxlm.peft.lora import LoRA
-from jaxlm.peft.targets import Tuning
+from jaxlm.peft.part import Part
+from jaxlm.peft.targets import Tuning, joined
+from jaxlm.shapes import Array, PyTree
+from jaxlm.trees import named_leaves
 
-Adapters = LoRA
+Adapters = LoRA | Part
 """What trains in place of the whole model."""
 
-METHODS = {LoRA: lora.tuning}
+METHODS = {LoRA: lora.tuning, Part: part.tuning}
 
 
-def build(spec: Adapters, decoder: Decoder) -> Tuning:
-  """Returns what trains of a model.
+def build(spec: Adapters, also: tuple[str, ...], decoder: Decoder) -> Tuning:
+  """Returns what trains of a model: by a method, and whole what `also` names.
 
   Raises:
-    InputError: the spec does not suit the model.
+    InputError: the spec does not suit the model, or both are for one parameter.
   """
-  return METHODS[type(spec)](spec, decoder)
+  tuning = METHODS[type(spec)](spec, decoder)
+  if not also:
+    return tuning
+  beside = part.tuning(Part(train=also), decoder, "also")
+  is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+  for name in named_leaves(beside.axes, is_axes):
+    if any(f"{n}/".startswith(f"{name}/") for n in named_leaves(tuning.axes, is_axes)):
+      raise InputError(f"also: {name} has adapters; it cannot train whole as well.")
+
+  def init(base: PyTree, key: Array) -> PyTree:
+    return joined(tuning.init(base, key), beside.init(base, key))
+
+  def attach(base: PyTree, trained: PyTree, key: Array | None) -> PyTree:
+    return tuning.attach(beside.attach(base, trained, None), trained, key)
+
+  return Tuning(joined(tuning.axes, beside.axes), init, attach, tuning.prepare)

@@ -27,7 +27,7 @@ class Tuning(NamedTuple):
   attach: Callable[[PyTree, PyTree, Array | None], PyTree]
   """(base, arrays that train, key of the step's draws or None) -> what the decoder
   takes in place of the base. Pure, and nothing large is copied."""
-  prepare: Callable[[PyTree], PyTree] = lambda base: base
+  prepare: Callable[[PyTree], PyTree] | None = None
   """(base) -> the base as it stays frozen, where a method changes it at the start."""
 
 
@@ -92,6 +92,14 @@ def get(tree: PyTree, name: str) -> Any:
 def copied(tree: PyTree) -> PyTree:
   """Returns new dicts around the same leaves."""
   return {n: copied(v) if isinstance(v, dict) else v for n, v in tree.items()}
+
+
+def joined(one: PyTree, other: PyTree) -> PyTree:
+  """Returns nested dicts with the leaves of both, which have no name in common."""
+  tree = copied(one)
+  for name, value in other.items():
+    tree[name] = joined(tree[name], value) if name in tree else value
+  return tree
 
 
 def is_leaf(leaf: Any) -> bool:

@@ -20,6 +20,8 @@ from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training.objective import Batch, Field, Frozen, Ratio, Task, Terms
 
+TEACHER = "teacher"
+"""The name of its frozen parameters."""
 IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"
 Rows = dict[str, Array]
 
@@ -59,8 +61,10 @@ class Teacher(NamedTuple):
   """A model that gives logits and does not learn."""
 
   decoder: Decoder
-  frozen: Frozen
-  """Its parameters."""
+  shapes: PyTree
+  """Of its parameters, a ShapeDtypeStruct with its sharding for each."""
+  load: Callable[[], PyTree]
+  """Gives them."""
 
 
 def fields(spec: Distill) -> tuple[Field, ...]:
@@ -86,7 +90,7 @@ def task(spec: Distill, decoder: Decoder, teacher: Teacher) -> Task:
     if spec.top_k:
       rows |= {name: batch[name] for name in (IDS, LOG_PROBS)}
     else:
-      frozen = jax.lax.stop_gradient(batch["frozen"])
+      frozen = jax.lax.stop_gradient(batch["frozen"][TEACHER])
       rows["y"] = _stream(teacher.decoder, frozen, batch)
       beside = _Head.of(teacher.decoder, frozen)
     found = over_chunks(
@@ -99,7 +103,7 @@ def task(spec: Distill, decoder: Decoder, teacher: Teacher) -> Task:
     sums = jax.lax.stop_gradient(sums)
     return Terms(total, tokens, {name: Ratio(s, tokens) for name, s in sums.items()})
 
-  frozen = None if spec.top_k else teacher.frozen
+  frozen = () if spec.top_k else (Frozen(TEACHER, teacher.shapes),)
   return Task(objective, fields=fields(spec), frozen=frozen)
 
 

@@ -1,6 +1,9 @@
 """Where the rooms meet: one file a kind of run, each a frozen dataclass with `run`.
 
 train.py    trains a model by an objective, from the first step or a checkpoint
+inputs.py   what it reads before: a pretrained model, its text, its tokenizer
+begun.py    its state and frozen parameters, as it begins or goes on
+fields.py   what its objective wants to know of a frozen model, beside the rows
 assembled.py  what a run and its plan share
 plan.py     what a run will need, compiled ahead for chips that are not here
 reference.py  what a frozen model says of the rows, made once beside the data

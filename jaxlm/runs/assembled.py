@@ -13,14 +13,15 @@ from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import Keep
 from jaxlm.ops.kernels.choice import NAMING, choose
+from jaxlm.peft.base import Base, base_of
 from jaxlm.posttrain import objectives
 from jaxlm.posttrain.distill import Distill, Teacher
 from jaxlm.runs.teacher import open_teacher
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
-from jaxlm.training.objective import Task
-from jaxlm.training.state import Plan, TrainState, axes_of, create
+from jaxlm.training.objective import BASE, Frozen, Task, over_base
+from jaxlm.training.state import Plan, Trained, TrainState, axes_of, create
 from jaxlm.training.step import Step, compile_step, make_step
 
 if TYPE_CHECKING:
@@ -33,38 +34,62 @@ class Assembled(NamedTuple):
   decoder: Decoder
   optimizer: optimizers.Built
   plan: Plan
-  first_state: Callable[[], TrainState]
+  first_state: Callable[[PyTree | None], TrainState]
+  """Makes the state of the model's parameters, or draws them."""
   task: Task
+  scored: Task
+  """The task as it is evaluated: without draws of adapters."""
   step: Step
   batch: dict[str, Any]
   """A ShapeDtypeStruct for each array of a batch."""
-  teacher: Teacher | None = None
+  teacher: Teacher | None
+  base: Base | None
+  """Where adapters train: they, and what stays frozen."""
+
+  def whole(self, params: PyTree, frozen: dict[str, PyTree]) -> PyTree:
+    """Returns what the decoder takes of what the state holds and what is frozen."""
+    if self.base is None:
+      return params
+    attach = self.base.tuning.attach
+    return jax.jit(lambda base, params: attach(base, params, None))(
+      frozen[BASE], params
+    )
 
 
-def assemble(
-  run: "Train", layout: Layout, load: Callable[[Decoder], PyTree] | None = None
-) -> Assembled:
-  """Returns the parts of a run; `load` gives first parameters for a decoder.
+def assemble(run: "Train", layout: Layout) -> Assembled:
+  """Returns the parts of a run.
 
   Raises:
-    InputError: the layout or the table of remat cannot be honoured, or the teacher
-      does not fit.
+    InputError: the layout, the table of remat or the adapters cannot be honoured, or
+      the teacher does not fit.
   """
   decoder = Decoder(run.model, run.precision, layout, run.remat, run.attention)
   _check_kept(decoder, run.data.seq_len)
-  optimizer = optimizers.build(run.optimizer, run.steps, axes_of(decoder))
+  base, trained, axes = None, None, axes_of(decoder)
+  if run.adapters is not None:
+    base = base_of(run.adapters, run.also, run.quantized, decoder)
+    axes, tuning = base.tuning.axes, base.tuning
+    trained = Trained(
+      axes, lambda key, params: tuning.init(params, key), (base.shapes, base.frozen)
+    )
+  optimizer = optimizers.build(run.optimizer, run.steps, axes)
   plan, first_state = create(
     decoder,
     optimizer.transform,
     run.seed,
     ema=run.ema is not None,
     moments=run.moments,
-    load=None if load is None else lambda: load(decoder),
+    trained=trained,
   )
   teacher = None
   if isinstance(run.objective, Distill):
     teacher = open_teacher(run.objective, decoder, run.data.seq_len)
-  task = objectives.build(run.objective, decoder, run.data.per_row, teacher)
+  task = scored = objectives.build(run.objective, decoder, run.data.per_row, teacher)
+  if base is not None:
+    part = Frozen(BASE, base.frozen)
+    beside = task._replace(frozen=(*task.frozen, part))
+    attach = base.tuning.attach
+    task, scored = (over_base(beside, attach, draws=draws) for draws in (True, False))
   step = make_step(
     task,
     optimizer,
@@ -72,7 +97,9 @@ def assemble(
     ema_decay=run.ema,
   )
   batch = batch_shapes(run.data, task)
-  return Assembled(decoder, optimizer, plan, first_state, task, step, batch, teacher)
+  return Assembled(
+    decoder, optimizer, plan, first_state, task, scored, step, batch, teacher, base
+  )
 
 
 def _check_kept(decoder: Decoder, seq_len: int) -> None:
@@ -111,4 +138,5 @@ def batch_shapes(data: Data, task: Task) -> dict[str, Any]:
   }
   for field in task.fields:
     shapes[field.name] = jax.ShapeDtypeStruct((*rows, *field.inner), field.dtype)
-  return shapes | ({} if task.frozen is None else {"frozen": task.frozen.shapes})
+  frozen = {part.name: part.shapes for part in task.frozen}
+  return shapes | ({"frozen": frozen} if frozen else {})

@@ -1,10 +1,7 @@
 """What a run takes from a pretrained model: its weights and its tokenizer."""
 
 import dataclasses
-import math
-from collections.abc import Callable
 
-import jax
 from etils import epath
 
 from jaxlm import files
@@ -16,7 +13,7 @@ from jaxlm.interop.progress import bar
 from jaxlm.interop.registry import changes
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM
-from jaxlm.shapes import Array, PyTree
+from jaxlm.shapes import PyTree
 
 
 def describe(opened: Opened, model: LM) -> str:
@@ -48,40 +45,13 @@ def with_tokenizer(data: Data, opened: Opened, workdir: epath.Path) -> Data:
 
 
 def load(opened: Opened, decoder: Decoder, seed: int) -> PyTree:
-  """Returns the weights, for a model that may differ in what has no parameters.
-
-  A reward model made of a language model draws its head from the seed.
+  """Returns the weights that a run starts from.
 
   Raises:
     InputError: a parameter differs in name or shape.
   """
   try:
     with bar("load", decoder.spec) as tell:
-      if decoder.spec.scores == opened.model.scores:
-        return dataclasses.replace(opened, model=decoder.spec).params(decoder, tell)
-      return _with_scores(opened, decoder, seed, tell)
+      return opened.started(decoder, seed, tell)
   except InputError as error:
     raise InputError(f"initial: {error}") from error
-
-
-def _with_scores(
-  opened: Opened, decoder: Decoder, seed: int, tell: Callable[[int], object]
-) -> PyTree:
-  """Returns a language model's weights with a new head for scores."""
-  if opened.model.scores is not None or decoder.spec.scores is None:
-    raise InputError(
-      f"{opened.place} has {opened.model.scores} scores and the model "
-      f"{decoder.spec.scores}. A reward model starts from a language model, or from "
-      "one of as many scores."
-    )
-  plain = decoder.clone(spec=dataclasses.replace(decoder.spec, scores=None))
-  params = dataclasses.replace(opened, model=plain.spec).params(plain, tell)
-  params.pop("head", None)
-  shape = (decoder.spec.dim, decoder.spec.scores)
-
-  def draw() -> Array:
-    drawn = jax.random.normal(jax.random.key(seed), shape) / math.sqrt(shape[0])
-    return drawn.astype(decoder.precision.params)
-
-  sharding = decoder.layout.sharding("embed", None)
-  return params | {"score": jax.jit(draw, out_shardings=sharding)()}

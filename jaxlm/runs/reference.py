@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xxhash
 from etils import epath
@@ -29,8 +28,8 @@ from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder
 from jaxlm.shapes import Array, PyTree
 from jaxlm.sharding import processes
+from jaxlm.training.fingerprint import weights_hash
 from jaxlm.training.objective import Batch, Field
-from jaxlm.trees import named_leaves
 
 Place = Callable[[dict[str, np.ndarray]], Batch]
 
@@ -129,35 +128,8 @@ def fingerprint(decoder: Decoder, params: PyTree, options: str = "") -> str:
   state = xxhash.xxh3_128()
   state.update(config.to_json(decoder.spec).encode())
   state.update((decoder.precision.compute + options).encode())
-  whole = decoder.layout.sharding()
-  mixed = jax.jit(lambda p: jax.tree.map(_mixed, p), out_shardings=whole)
-  hashes = jax.device_get(mixed(params))
-  for name, value in sorted(named_leaves(hashes).items()):
-    state.update(f"{name}={int(value[0])},{int(value[1])};".encode())
+  state.update(weights_hash(decoder.layout, params).encode())
   return state.hexdigest()
-
-
-def _mixed(leaf: Array) -> Array:
-  """Returns two sums over the bits of all elements, each stirred with its place."""
-  width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-  bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-  place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-  for axis in reversed(range(leaf.ndim)):
-    along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    place = place + along * jnp.uint32(stride % 2**32)
-    stride *= leaf.shape[axis]
-  sums = []
-  for seed in (0x9E3779B9, 0x85EBCA6B):
-    x = _stir(bits ^ _stir(place + jnp.uint32(seed)))
-    sums.append(jnp.sum(x, dtype=jnp.uint32))
-  return jnp.stack(sums)
-
-
-def _stir(x: Array) -> Array:
-  """Mixes 32 bits (the finalizer of MurmurHash3)."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
 
 
 def _told(reference: Reference, folder: Path, key: str) -> Path:

@@ -11,6 +11,7 @@ from jaxlm.models import count, spec
 from jaxlm.models.attention import work_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.ops.kernels.choice import choose
+from jaxlm.peft.base import Base
 from jaxlm.posttrain.kto import KTO
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
@@ -59,6 +60,22 @@ def describe_labels(corpus: Corpus, sequences: int, loss: KTO) -> str:
       "(objective.loss.desirable, objective.loss.undesirable)"
     )
   return line
+
+
+def describe_tuning(params: PyTree, base: Base, method: str) -> str:
+  """Returns how much trains beside a frozen model, and what that model takes."""
+  found = named_leaves(params)
+  count_all = sum(leaf.size for leaf in jax.tree.leaves(base.shapes))
+  trained = sum(leaf.size for leaf in found.values())
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base.frozen))
+  names = list(found)
+  shown = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+  return (
+    f"adapters: {method} trains {trained:,} parameters in {len(found)} leaves "
+    f"({trained / count_all:.3%} of {count_all:,}), {shown}\n"
+    f"  frozen beside them: {held / 1e6:,.1f} MB, {8 * held / count_all:.3f} bits a "
+    "parameter"
+  )
 
 
 def describe_layout(layout: Layout, plan: Plan) -> str:

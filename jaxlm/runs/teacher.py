@@ -10,7 +10,6 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import Precision, for_length
 from jaxlm.posttrain.distill import Distill, Teacher
 from jaxlm.shapes import PyTree
-from jaxlm.training.objective import Frozen
 
 FIELD = "objective.teacher"
 
@@ -51,4 +50,4 @@ def open_teacher(spec: Distill, student: Decoder, seq_len: int) -> Teacher:
     with bar("teacher", decoder.spec) as tell:
       return opened.params(decoder, tell)
 
-  return Teacher(decoder, Frozen(shapes, load))
+  return Teacher(decoder, shapes, load)

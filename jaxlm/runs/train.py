@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,34 +11,34 @@ import numpy as np
 from etils import epath
 
 from jaxlm import config, files
-from jaxlm.data.corpus import Corpus, Data, prepare
+from jaxlm.data.corpus import Corpus, Data
 from jaxlm.data.loader import Loader, in_order
-from jaxlm.data.tokenizers import Tokenizer, notes
-from jaxlm.data.tokenizers import save as save_tokenizer
-from jaxlm.decoding.prefill import check as check_prompts
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import InputError
 from jaxlm.evaluation.bits_per_byte import make_evaluate
 from jaxlm.evaluation.losses import make_evaluate_task
-from jaxlm.interop.checkpoint import open_model
-from jaxlm.interop.own import FAMILY
 from jaxlm.launch import xla
 from jaxlm.launch.chips import chip_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM, Precision, Remat
 from jaxlm.ops.kernels.choice import Kernel
-from jaxlm.posttrain import distill, objectives
-from jaxlm.runs import initial, reference, summary
+from jaxlm.peft import methods
+from jaxlm.posttrain import objectives
+from jaxlm.quantization.formats import Format
+from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble, compiled
+from jaxlm.runs.begun import Begun, begin
+from jaxlm.runs.fields import Place, Placement, with_fields
+from jaxlm.runs.inputs import Inputs, read_inputs
 from jaxlm.runs.samples import Samples, write_samples
-from jaxlm.runs.teacher import FIELD as TEACHER
 from jaxlm.runs.workdir import CHECKPOINTS, claim, explained, held
 from jaxlm.shapes import PyTree
 from jaxlm.sharding import processes
 from jaxlm.sharding.mesh import Mesh, make_mesh
-from jaxlm.sharding.placement import check_batch, placer, rows_here
+from jaxlm.sharding.placement import check_batch
 from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import loop, metrics, optimizers
-from jaxlm.training.checkpoints import Checkpoints, Restored, Store
+from jaxlm.training.checkpoints import Checkpoints, Store
 from jaxlm.training.objective import Batch, NextToken
 from jaxlm.training.state import Moments, TrainState
 
@@ -58,29 +57,12 @@ class Result(NamedTuple):
   stopped: str | None
   """The signal that ended the run early, if one did."""
   params: PyTree
-  """Averaged ones where the run keeps an average."""
+  """What the decoder takes; averaged where the run keeps an average. With adapters some
+  are no arrays: jaxlm.peft.targets.merge makes them so."""
   decoder: Decoder
   tokenizer: Tokenizer
   rows: list[dict[str, Any]]
   """metrics.jsonl."""
-
-
-class Placement(NamedTuple):
-  """Which rows of a batch this process makes, and what puts them on the mesh."""
-
-  rows: list[int]
-  put: Callable[[dict[str, np.ndarray]], Batch]
-
-  @classmethod
-  def of(cls, layout: Layout, data: Data) -> "Placement":
-    """Returns the placement of batches by the layout's rules."""
-    sharding = layout.sharding("batch", "sequence")
-    shape = (data.batch, data.seq_len)
-    return cls(rows_here(sharding, shape), placer(sharding, shape))
-
-  def beside(self, frozen: PyTree) -> "Placement":
-    """Returns a placement whose batches hold these parameters too."""
-    return self._replace(put=lambda rows: self.put(rows) | {"frozen": frozen})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +82,14 @@ class Train:
   configs/convert.py or a run's workdir; None: first parameters are drawn."""
   objective: objectives.Spec = dataclasses.field(default_factory=NextToken)
   """What is minimised."""
+  adapters: methods.Adapters | None = None
+  """What trains beside the model that `initial` names, which stays as it is; None: the
+  whole model trains."""
+  also: tuple[str, ...] = ()
+  """Parameters of that model that train whole beside adapters, say the new head of a
+  reward model: names of presets in jaxlm/peft/filters.py, or regexes over names."""
+  quantized: Format | None = None
+  """How the matrices of such a frozen model's layers are kept; None: as they are."""
   precision: Precision = dataclasses.field(default_factory=Precision)
   """Dtypes of parameters and of the computation."""
   remat: Remat = "none"
@@ -137,6 +127,14 @@ class Train:
         raise InputError(f"{field}: {vars(self)[field]} is under 1.")
     if self.ema is not None and not 0 < self.ema < 1:
       raise InputError(f"ema: {self.ema} is not between 0 and 1; none turns it off.")
+    if self.adapters is not None and self.initial is None:
+      raise InputError("adapters: they train beside a model; name it in initial.")
+    if self.also and self.adapters is None:
+      raise InputError(f"also: {self.also}; without adapters the whole model trains.")
+    if self.quantized is not None and self.adapters is None:
+      raise InputError(
+        "quantized: only a frozen model is quantized; give adapters, or leave it."
+      )
     objectives.check(self.objective, self.data, self.model, self.accumulate)
     if self.model.scores is not None and self.samples.prompts:
       raise InputError("samples.prompts: a reward model writes no text; give ().")
@@ -165,71 +163,26 @@ class Train:
     for change in changes:
       print(f"changed since this workdir was last run: {change}")
 
-    data, opened = self.data, None
-    if self.initial is not None:
-      opened = open_model(self.initial, "initial")
-      print(initial.describe(opened, self.model))
-      data = initial.with_tokenizer(data, opened, workdir)
-      if opened.family is not None and processes.first():
-        files.write_atomic(workdir / FAMILY, opened.family.name)
-    if isinstance(self.objective, distill.Distill):
-      teacher = open_model(self.objective.teacher, TEACHER)
-      print(f"teacher: {teacher.place} ({teacher.kind}, {teacher.stored}), frozen")
-      data = initial.with_tokenizer(data, teacher, workdir)
-    # The first makes the cache; the others find it, or make their own where their disk
-    # is not the first's.
-    corpus = processes.lead("data", lambda: prepare(data, workdir / "data"))
-    corpus = corpus or prepare(data, workdir / "data")
-    processes.require_same("data.sources", corpus.fingerprint)
-    print(corpus.report)
-    if isinstance(self.objective, objectives.Unpaired):
-      print(summary.describe_labels(corpus, self.data.sequences, self.objective.loss))
-    for note in notes(corpus.tokenizer):
-      print(note)
-    if processes.first():
-      save_tokenizer(corpus.tokenizer, workdir)
-    if self.model.vocab < corpus.tokenizer.vocab:
-      raise InputError(
-        f"model.vocab: {self.model.vocab} ids are fewer than the tokenizer's "
-        f"{corpus.tokenizer.vocab}. Use at least that."
-      )
-    if self.samples.prompts:
-      prompts = self.samples.ids(corpus.tokenizer)
-      check_prompts(self.model, prompts, tokens=self.samples.tokens)
+    inputs = read_inputs(self, workdir)
     print(summary.describe_model(self.model, self.data.seq_len, self.data.batch))
-
-    parts = assemble(
-      self,
-      layout,
-      None if opened is None else lambda d: initial.load(opened, d, self.seed),
-    )
-    decoder, optimizer, plan = parts.decoder, parts.optimizer, parts.plan
+    parts = assemble(self, layout)
     options = xla.options(
       chip_of(layout.mesh.devices.flat[0].device_kind), self.compiler
     )
-    print(summary.describe_layout(layout, plan))
-    print(summary.describe_parameters(layout, plan))
-    print(summary.describe_rules(self.optimizer, plan.shapes.params))
-    print(summary.describe_attention(decoder, self.data.seq_len))
-    print(
-      f"remat: {self.remat}; parameters {self.precision.params}, computation "
-      f"{self.precision.compute}; optimizer state on the {self.moments.memory}"
-    )
+    print(self._described(parts))
     print(xla.describe(options))
-
     store = Store(workdir / CHECKPOINTS, self.checkpoints, config.to_json(self))
     try:
-      restored = store.restore(plan)
+      restored = store.restore(parts.plan)
       start = restored.step if restored else 0
+      begun = begin(self, parts, inputs, restored, workdir)
       if restored and start >= self.steps:
-        return self._finished(workdir, restored, decoder, corpus)
-      if restored:
-        check_same_text(restored, corpus, self.data)
-      elif metrics.read(workdir):
+        return self._finished(workdir, restored.step, parts, inputs, begun)
+      if restored is None and metrics.read(workdir):
         print("no checkpoint was finished here: the run begins again at step 0")
       store.clear(start)
       if restored:
-        rate = float(optimizer.schedule(start))
+        rate = float(parts.optimizer.schedule(start))
         print(f"going on from the checkpoint of step {start}; learning rate {rate:.3g}")
         if any(change.startswith("steps:") for change in changes):
           print(f"  the learning rate's schedule now ends at step {self.steps}")
@@ -237,37 +190,29 @@ class Train:
       program = compiled(parts, options)
       print(summary.describe_step(program, time.perf_counter() - began))
       processes.meet("compiled")
-      state = restored.state if restored else parts.first_state()
+      batches = Placement.of(layout, self.data)
+      place = Place(workdir, batches, restored is not None)
+      corpus = with_fields(self, parts, inputs.corpus, place, begun.first)
+      batches = batches.beside(begun.frozen)
+      evaluate = self._evaluator(parts, corpus, batches, begun)
       first = restored.data["next_batch"] if restored else 0
-      place = Placement.of(layout, self.data)
-      corpus = self._with_fields(parts, corpus, place, workdir, state, start)
-      if parts.task.frozen is not None and parts.teacher is not None:
-        frozen = parts.task.frozen.load()
-        weights = reference.fingerprint(parts.teacher.decoder, frozen)
-        reference.record("teacher", workdir, weights, resumed=start > 0)
-        place = place.beside(frozen)
-      evaluate = self._evaluator(parts, corpus, place)
       with (
-        Loader(corpus, self.data, rows=place.rows, start=first) as loader,
+        Loader(corpus, self.data, rows=batches.rows, start=first) as loader,
         metrics.open_writer(workdir, start=start, total=self.steps) as writer,
       ):
-        batches = map(place.put, loader)
         looped = loop.Parts(
-          program, batches, evaluate, store, writer, corpus.fingerprint,
+          program, map(batches.put, loader), evaluate, store, writer, begun.told,
           processes.Vote(layout.mesh),
         )  # fmt: skip
-        if opened is not None and start == 0:
-          begin(looped, state)
-        outcome = loop.train(looped, self._cadence(), state, start)
+        if inputs.opened is not None and start == 0:
+          score_first(looped, begun.state)
+        outcome = loop.train(looped, self._cadence(), begun.state, start)
     finally:
       store.close()
     if processes.first():
       metrics.plot(workdir)
-    params = averaged(outcome.state)
-    result = Result(
-      workdir, outcome.step, outcome.stopped, params, decoder, corpus.tokenizer,
-      metrics.read(workdir),
-    )  # fmt: skip
+    begun = begun._replace(state=outcome.state)
+    result = self._result(workdir, outcome.step, outcome.stopped, parts, inputs, begun)
     if outcome.stopped:
       print(
         f"\nstopped by {outcome.stopped}: step {outcome.step} of {self.steps} is saved "
@@ -275,12 +220,45 @@ class Train:
       )
       return result
     if self.samples.prompts:
-      tokenizer = result.tokenizer
-      sampled = write_samples(self.samples, decoder, params, tokenizer, self.seed)
+      sampled = write_samples(
+        self.samples, parts.decoder, result.params, result.tokenizer, self.seed
+      )
       if processes.first():
         files.write_atomic(workdir / "samples.txt", sampled)
     print(f"\nfinished: step {outcome.step} in {workdir}. {_last_score(result.rows)}")
     return result
+
+  def _described(self, parts: Assembled) -> str:
+    """Returns what was chosen, before anything is computed."""
+    decoder, plan, layout = parts.decoder, parts.plan, parts.decoder.layout
+    lines = [
+      summary.describe_layout(layout, plan),
+      summary.describe_parameters(layout, plan),
+      summary.describe_rules(self.optimizer, plan.shapes.params),
+      summary.describe_attention(decoder, self.data.seq_len),
+      f"remat: {self.remat}; parameters {self.precision.params}, computation "
+      f"{self.precision.compute}; optimizer state on the {self.moments.memory}",
+    ]
+    if parts.base is not None:
+      adapters = type(self.adapters).__name__
+      told = summary.describe_tuning(plan.shapes.params, parts.base, adapters)
+      lines.insert(0, told)
+    return "\n".join(lines)
+
+  def _result(
+    self,
+    workdir: epath.Path,
+    step: int,
+    stopped: str | None,
+    parts: Assembled,
+    inputs: Inputs,
+    begun: Begun,
+  ) -> Result:
+    params = parts.whole(averaged(begun.state), begun.frozen)
+    return Result(
+      workdir, step, stopped, params, parts.decoder, inputs.corpus.tokenizer,
+      metrics.read(workdir),
+    )  # fmt: skip
 
   def _cadence(self) -> loop.Cadence:
     return loop.Cadence(
@@ -291,93 +269,46 @@ class Train:
       tokens=self.data.batch * self.data.seq_len,
     )
 
-  def _with_fields(
-    self,
-    parts: Assembled,
-    corpus: Corpus,
-    place: "Placement",
-    workdir: epath.Path,
-    state: TrainState,
-    start: int,
-  ) -> Corpus:
-    """Returns the corpus with what the objective wants to know of a frozen model."""
-    fields, spec, decoder = parts.task.fields, self.objective, parts.decoder
-    if not fields:
-      return corpus
-    pass_over = partial(
-      reference.Reference,
-      fields=fields,
-      batch=self.data.batch,
-      here=place.rows,
-      put=place.put,
-    )
-    if isinstance(spec, distill.Distill):
-      assert parts.teacher is not None
-      teacher = parts.teacher.decoder
-      asked = pass_over(
-        what="teacher",
-        decoder=teacher,
-        score=partial(distill.top_log_probs, spec, teacher),
-        options=f"top {spec.top_k} at {spec.divergence.temperature}",
-      )
-      first = parts.teacher.frozen.load
-    else:
-      asked = pass_over(
-        what="reference",
-        decoder=decoder,
-        score=partial(objectives.reference, decoder, objectives.chunk_of(spec)),
-        options="",
-      )
-      first = lambda: (parts.first_state() if start else state).params  # noqa: E731
-    return reference.attach(asked, corpus, workdir, first, resumed=start > 0)
-
   def _evaluator(
-    self, parts: Assembled, corpus: Corpus, place: "Placement"
+    self, parts: Assembled, corpus: Corpus, batches: Placement, begun: Begun
   ) -> Callable[[TrainState], dict[str, float]]:
     if not any(len(rows) for rows in corpus.held_out):
       print(f"no row is held out (data.held_out={self.data.held_out}): no evaluation")
       return lambda state: {}
-    if isinstance(self.objective, NextToken):
-      lengths = np.zeros(self.model.vocab, np.int32)
-      lengths[: corpus.tokenizer.vocab] = corpus.tokenizer.byte_lengths()
-      scores = make_evaluate(parts.decoder, lengths, chunk=self.objective.chunk)
-    else:
-      scores = make_evaluate_task(parts.task)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-      held_out = in_order(corpus.held_out, self.data.batch, rows=place.rows)
-      return scores(averaged(state), map(place.put, held_out))
+    def held_out() -> Iterator[Batch]:
+      rows = in_order(corpus.held_out, self.data.batch, rows=batches.rows)
+      return map(batches.put, rows)
 
-    return evaluate
+    if not isinstance(self.objective, NextToken):
+      task_scores = make_evaluate_task(parts.scored)
+      return lambda state: task_scores(averaged(state), held_out())
+    lengths = np.zeros(self.model.vocab, np.int32)
+    lengths[: corpus.tokenizer.vocab] = corpus.tokenizer.byte_lengths()
+    scores = make_evaluate(parts.decoder, lengths, chunk=self.objective.chunk)
+    return lambda state: scores(parts.whole(averaged(state), begun.frozen), held_out())
 
   def _finished(
-    self, workdir: epath.Path, restored: Restored, decoder: Decoder, corpus: Corpus
+    self,
+    workdir: epath.Path,
+    step: int,
+    parts: Assembled,
+    inputs: Inputs,
+    begun: Begun,
   ) -> Result:
-    rows = metrics.read(workdir)
-    done = f"{restored.step} of {self.steps}"
-    if restored.step > self.steps:
-      done = f"{restored.step}, past the {self.steps} steps asked for"
+    result = self._result(workdir, step, None, parts, inputs, begun)
+    done = f"{step} of {self.steps}"
+    if step > self.steps:
+      done = f"{step}, past the {self.steps} steps asked for"
     print(
-      f"\nthis run is finished: {workdir} is at step {done}. {_last_score(rows)} To go "
-      "on, give --config.steps= a larger number; for a new run, another --workdir."
+      f"\nthis run is finished: {workdir} is at step {done}. "
+      f"{_last_score(result.rows)} To go on, give --config.steps= a larger number; for "
+      "a new run, another --workdir."
     )
-    params = averaged(restored.state)
-    return Result(workdir, restored.step, None, params, decoder, corpus.tokenizer, rows)
+    return result
 
 
-def check_same_text(restored: Restored, corpus: Corpus, data: Data) -> None:
-  """Raises InputError where a checkpoint was trained on other rows."""
-  if restored.data["corpus"] != corpus.fingerprint:
-    sources = ", ".join(weighted.source.path for weighted in data.sources)
-    raise InputError(
-      f"data.sources: the text ({sources}) or the version of the tokenizer's trainer "
-      f"is not what step {restored.step} was trained on: its rows were "
-      f"{restored.data['corpus']}, these are {corpus.fingerprint}. Bring the files "
-      "back, or give another --workdir."
-    )
-
-
-def begin(parts: loop.Parts, state: TrainState) -> None:
+def score_first(parts: loop.Parts, state: TrainState) -> None:
   """Scores a pretrained model before the first step, so that gains can be seen."""
   scores = parts.evaluate(state)
   if scores:

@@ -24,8 +24,8 @@ class Parts(NamedTuple):
   evaluate: Callable[[TrainState], dict[str, float]]
   store: Store
   writer: Writer | Silent
-  corpus: str
-  """Fingerprint of the rows, kept with each checkpoint."""
+  told: dict[str, str]
+  """Hashes kept with each checkpoint: of the rows, of a frozen base."""
   vote: Callable[[bool], bool]
   """Whether any process was asked to stop."""
 
@@ -103,7 +103,7 @@ def train(parts: Parts, cadence: Cadence, state: TrainState, start: int) -> Outc
       saves = done or step % cadence.save == 0
       if saves:
         report()
-        data = {"next_batch": step, "corpus": parts.corpus}
+        data = {"next_batch": step} | parts.told
         parts.store.save(step, state, data)
       if evaluates or saves:
         clock.start(step)

@@ -14,7 +14,7 @@ from jaxlm.shapes import Array, Float, PyTree
 
 Batch = dict[str, Any]
 """Arrays [B, T, ...]; under `shared`, sums over the whole batch of a step; under
-`frozen`, parameters that the step reads and does not train."""
+`frozen`, by name, parameters that the step reads and does not train."""
 Sums = dict[str, Array]
 
 
@@ -52,9 +52,10 @@ class Field(NamedTuple):
 class Frozen(NamedTuple):
   """Parameters that a step reads and does not train."""
 
+  name: str
+  """Under which a batch has them."""
   shapes: PyTree
   """A ShapeDtypeStruct with its sharding for each."""
-  load: Callable[[], PyTree]
 
 
 class Task(NamedTuple):
@@ -67,7 +68,34 @@ class Task(NamedTuple):
   it makes them of its own batch."""
   fields: tuple[Field, ...] = ()
   """What was computed ahead, beside the data."""
-  frozen: Frozen | None = None
+  frozen: tuple[Frozen, ...] = ()
+
+
+BASE = "base"
+"""The name of the frozen parameters beside which others train."""
+
+
+def over_base(
+  task: Task, attach: Callable[[PyTree, PyTree, Array | None], PyTree], *, draws: bool
+) -> Task:
+  """Returns the task of parameters that train beside those that a batch has as `BASE`.
+
+  `attach` makes of both what the model takes; with `draws` it has a key for its own,
+  apart from those of the objective.
+  """
+
+  def whole(params: PyTree, batch: Batch, key: Array | None) -> PyTree:
+    return attach(jax.lax.stop_gradient(batch["frozen"][BASE]), params, key)
+
+  def objective(params: PyTree, batch: Batch, rng: Array) -> Terms:
+    key = jax.random.fold_in(rng, 1) if draws else None
+    return task.objective(whole(params, batch, key), batch, rng)
+
+  def shared(params: PyTree, batch: Batch) -> Sums:
+    assert task.shared is not None
+    return task.shared(whole(params, batch, None), batch)
+
+  return task._replace(objective=objective, shared=task.shared and shared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

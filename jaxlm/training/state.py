@@ -60,6 +60,18 @@ def axes_of(decoder: Decoder) -> PyTree:
   return decoders.axes_of(boxed)
 
 
+class Trained(NamedTuple):
+  """What trains where it is not the whole model."""
+
+  axes: PyTree
+  """Logical axes of each array."""
+  draw: Callable[[Array, PyTree], PyTree]
+  """(key, parameters of the model) -> its first values."""
+  base: tuple[PyTree, PyTree]
+  """Shapes of the parameters that `draw` takes, and of those that stay beside what
+  trains, each with its sharding."""
+
+
 def create(
   decoder: Decoder,
   transform: optax.GradientTransformation,
@@ -67,39 +79,62 @@ def create(
   *,
   ema: bool,
   moments: Moments = Moments(),
-  load: Callable[[], PyTree] | None = None,
+  trained: Trained | None = None,
 ):
   """Returns (plan, function that makes the state sharded as the plan says).
 
-  Parameters are drawn from the seed, or come from `load`, sharded as they shall be.
-  What the optimizer keeps of each parameter is placed as `moments` says.
+  The function takes a model's parameters, sharded as they shall be, and gives their
+  buffers away; without them they are drawn from the seed. With `trained` they stay, and
+  the state is of what trains beside them. What the optimizer keeps of each parameter is
+  placed as `moments` says.
 
   Raises:
     InputError: the mesh does not divide a parameter, or more than 2% of the parameter
       bytes would be whole on every device of a mesh that should split them.
   """
   layout = decoder.layout
+  axes = axes_of(decoder) if trained is None else trained.axes
 
-  def make(loaded: PyTree | None = None) -> TrainState:
+  def make(loaded: PyTree | None) -> TrainState:
     # Made inside: with several processes an array of one of them is no argument.
     init_key, rng = jax.random.split(jax.random.key(seed))
-    params = loaded
-    if params is None:
+    if trained is not None:
+      params = trained.draw(init_key, loaded)
+    elif loaded is None:
       params = decoders.unbox(decoders.init(decoder, init_key))
+    else:
+      params = loaded
     copy = lambda p: jnp.array(p, jnp.float32)  # noqa: E731
     average = jax.tree.map(copy, params) if ema else None
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, transform.init(params), rng, average)
 
-  shapes = jax.eval_shape(make)
+  shapes = jax.eval_shape(make, None if trained is None else trained.base[0])
   kept = Layout(layout.mesh, moments.sharding or layout.rules)
-  shardings = _shardings((layout, kept), shapes, transform, axes_of(decoder))
+  shardings = _shardings((layout, kept), shapes, transform, axes)
   if moments.memory == "host":
     on_host = _on_host(shapes.opt_state, shardings.opt_state)
     shardings = shardings._replace(opt_state=on_host)
   check_divides(layout, shapes.params, shardings.params)
-  check_divides(kept, shapes.params, _of_params(kept, axes_of(decoder)))
-  share = replicated_share(layout, shapes.params, shardings.params)
+  check_divides(kept, shapes.params, _of_params(kept, axes))
+  if trained is None:
+    _check_share(layout, shapes.params, shardings.params)
+  else:  # what trains is thin beside its base
+    placed = jax.tree.map(lambda leaf: leaf.sharding, trained.base[1])
+    _check_share(layout, trained.base[1], placed)
+  plan = Plan(shapes, shardings)
+
+  def first_state(loaded: PyTree | None = None) -> TrainState:
+    given_away = () if trained is not None else (0,)
+    made = jax.jit(make, out_shardings=shardings, donate_argnums=given_away)
+    return made(loaded)
+
+  return plan, first_state
+
+
+def _check_share(layout: Layout, shapes: PyTree, shardings: PyTree) -> None:
+  """Raises InputError where too much is whole on every device."""
+  share = replicated_share(layout, shapes, shardings)
   if share > REPLICATED_LIMIT:
     raise InputError(
       f"sharding: each device would hold {share:.1%} of the parameter bytes beyond its "
@@ -107,13 +142,6 @@ def create(
       "and those of 'vocab', 'heads', 'kv_heads' and 'mlp' use tensor, or use the mesh "
       "axis 'data' for replicas."
     )
-  plan = Plan(shapes, shardings)
-
-  def first_state() -> TrainState:
-    loaded = None if load is None else load()
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(loaded)
-
-  return plan, first_state
 
 
 def _on_host(shapes: PyTree, shardings: PyTree) -> PyTree:

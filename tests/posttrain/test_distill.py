@@ -16,7 +16,6 @@ from jaxlm.posttrain.divergence import Divergence, divergence
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout
-from jaxlm.training.objective import Frozen
 from jaxlm.trees import named_leaves
 
 VOCAB, B, T = 24, 4, 20
@@ -95,8 +94,8 @@ def test_chunks_on_a_mesh_equal_whole_logits_on_a_device(name, mesh):
   if spec.top_k:
     batch |= distill.top_log_probs(spec, teacher, frozen, batch)
   else:
-    batch["frozen"] = frozen
-  task = distill.task(spec, student, Teacher(teacher, Frozen(None, lambda: frozen)))
+    batch["frozen"] = {"teacher": frozen}
+  task = distill.task(spec, student, Teacher(teacher, None, lambda: frozen))
 
   def loss(params):
     terms = task.objective(params, batch, jax.random.key(0))
@@ -122,11 +121,11 @@ def test_the_head_s_gradient_is_summed_in_float32():
   student, teacher = (
     one.clone(precision=Precision(compute="bfloat16")) for one in (student, teacher)
   )
-  batch = jax.tree.map(jnp.asarray, rows()) | {"frozen": frozen}
+  batch = jax.tree.map(jnp.asarray, rows()) | {"frozen": {"teacher": frozen}}
 
   def head(chunk):
     spec = Distill(teacher="", chunk=chunk)
-    task = distill.task(spec, student, Teacher(teacher, Frozen(None, lambda: frozen)))
+    task = distill.task(spec, student, Teacher(teacher, None, lambda: frozen))
     total = lambda p: task.objective(p, batch, jax.random.key(0)).numerator  # noqa: E731
     return jax.grad(total)(params)["head"]
 
@@ -138,8 +137,8 @@ def test_the_logits_of_a_whole_row_are_never_held():
   """Neither the student's nor the teacher's, forward or backward."""
   spec = SPECS["forward"]
   student, teacher, params, frozen = models(MESHES[0])
-  batch = jax.tree.map(jnp.asarray, rows()) | {"frozen": frozen}
-  task = distill.task(spec, student, Teacher(teacher, Frozen(None, lambda: frozen)))
+  batch = jax.tree.map(jnp.asarray, rows()) | {"frozen": {"teacher": frozen}}
+  task = distill.task(spec, student, Teacher(teacher, None, lambda: frozen))
   made = jax.make_jaxpr(
     jax.grad(lambda p: task.objective(p, batch, jax.random.key(0)).numerator)
   )(params)

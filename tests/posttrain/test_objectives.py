@@ -23,7 +23,7 @@ from jaxlm.posttrain.reward import BradleyTerry
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout
-from jaxlm.training.objective import Frozen, NextToken
+from jaxlm.training.objective import NextToken
 from jaxlm.training.step import accumulate
 from jaxlm.trees import named_leaves
 
@@ -136,7 +136,7 @@ def found(name: str, rows: dict[str, np.ndarray], *, mesh=ONE, micro_batches=1):
     stored = {}
     if spec.top_k:
       stored = distill.top_log_probs(spec, teacher.decoder, frozen, placed)
-    placed |= stored or {"frozen": frozen}
+    placed |= stored or {"frozen": {"teacher": frozen}}
   terms, grads = jax.device_get(run(params, placed))
   out = {"loss": terms.numerator / terms.denominator}
   out |= {n: r.numerator / r.denominator for n, r in terms.metrics.items()}
@@ -155,7 +155,7 @@ def teacher_of(spec, student: Decoder) -> Teacher | None:
     params = unbox(init(decoder, jax.random.key(9)))
     return params | {"head": 20.0 * params["head"]}
 
-  return Teacher(decoder, Frozen(None, load))
+  return Teacher(decoder, None, load)
 
 
 def require_close(ours, theirs, *, but=()):

@@ -64,7 +64,7 @@ class Run:
     cadence = {"steps": 6, "log": 1, "evaluate": 4, "save": 3, "tokens": 8}
     alone = lambda yes: yes  # noqa: E731
     parts = loop.Parts(
-      self.step, self.batches, self.evaluate, self, self, "rows", alone
+      self.step, self.batches, self.evaluate, self, self, {"corpus": "rows"}, alone
     )
     return loop.train(parts, loop.Cadence(**{**cadence, **fields}), start, start)
 

@@ -1,0 +1,239 @@
+"""Adapters in the one loop: what trains, what is kept, what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.errors import InputError
+from jaxlm.interop.checkpoint import open_model
+from jaxlm.models.decoder import logits
+from jaxlm.ops.weights import Lora
+from jaxlm.peft.lora import LoRA
+from jaxlm.peft.targets import merge
+from jaxlm.quantization.formats import NF4
+from jaxlm.runs import plan
+from jaxlm.training.metrics import TIMES
+from jaxlm.trees import named_leaves
+from runs import hooks, tiny_pairs
+
+STEPS = 12
+SMALL = LoRA(rank=4)
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+  """The workdir of a model that learned a little."""
+  workdir = tmp_path_factory.mktemp("base") / "w"
+  with jax.numpy_dtype_promotion("standard"):
+    tiny("steps=40", "evaluate_every=40").run(workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def adapt(tiny, base, tmp_path_factory):
+  """Makes a run that trains adapters beside it; rows are shared."""
+  cache = str(tmp_path_factory.mktemp("rows"))
+
+  def make(*overrides, adapters=SMALL, **fields):
+    rate = "optimizer.lr=Constant(peak=0.1)"  # which does not depend on steps
+    run = tiny(f"data.cache={cache}", rate, *overrides)
+    return dataclasses.replace(run, initial=str(base), adapters=adapters, **fields)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def whole(adapt, tmp_path_factory):
+  """A run without interruption."""
+  workdir = tmp_path_factory.mktemp("whole") / "w"
+  with jax.numpy_dtype_promotion("standard"):
+    return adapt().run(workdir)
+
+
+def losses(result):
+  rows = [row for row in result.rows if "loss" in row]
+  return [{n: v for n, v in row.items() if n not in TIMES} for row in rows]
+
+
+def held_out(result):
+  return [r["held_out/nll"] for r in result.rows if "held_out/nll" in r]
+
+
+def test_adapters_learn_and_the_base_stays(whole, base, capsys):
+  start, *_, end = held_out(whole)
+  assert end < start - 0.002
+  read = open_model(base).params(whole.decoder)
+  leaves = [x for x in jax.tree.leaves(whole.params, is_leaf=is_lora) if is_lora(x)]
+  assert len(leaves) == 7
+  wanted = named_leaves(read)
+  for name, leaf in named_leaves(whole.params, is_lora).items():
+    kept = leaf.base if is_lora(leaf) else leaf
+    np.testing.assert_array_equal(kept, wanted[name], err_msg=name)
+
+
+def is_lora(leaf):
+  return isinstance(leaf, Lora)
+
+
+def test_checkpoints_hold_adapters_alone(whole):
+  """Values, both moments, the average; and a few counters."""
+  kept = sum(leaf.size for leaf in hooks.leaves_of(last(whole.workdir)).values())
+  trained = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+  assert 0 <= kept - 4 * trained < 10
+
+
+def test_a_run_s_workdir_opens_as_the_merged_model(whole):
+  """From the files alone: base, adapters and their average."""
+  opened = open_model(whole.workdir)
+  read = opened.params(whole.decoder)
+  ids = jax.random.randint(jax.random.key(0), (8, 12), 0, 256)
+
+  def outputs(params):
+    x_BTD, _ = whole.decoder.apply({"params": params}, ids)
+    return logits(whole.decoder.spec, params, x_BTD)
+
+  np.testing.assert_allclose(outputs(read), outputs(whole.params), atol=2e-5)
+  assert float(np.abs(outputs(read) - outputs(open_model_base(whole))).max()) > 0.01
+
+
+def open_model_base(whole):
+  return jax.tree.map(
+    lambda leaf: leaf.base if is_lora(leaf) else leaf, whole.params, is_leaf=is_lora
+  )
+
+
+def same_arrays(ours, theirs):
+  ours, theirs = hooks.leaves_of(ours), hooks.leaves_of(theirs)
+  assert ours.keys() == theirs.keys()
+  for name, leaf in theirs.items():
+    np.testing.assert_array_equal(ours[name], leaf, strict=True, err_msg=name)
+
+
+def last(workdir):
+  return workdir / "checkpoints" / f"{STEPS:08d}"
+
+
+def test_resume_is_exact_to_the_bit(adapt, whole, tmp_path):
+  adapt("steps=4").run(tmp_path / "w")
+  again = adapt().run(tmp_path / "w")
+  assert losses(again) == losses(whole)
+  same_arrays(last(tmp_path / "w"), last(whole.workdir))
+
+
+@pytest.mark.parametrize(
+  "words",
+  [("mesh.fsdp=1", "mesh.data=8"), ("mesh.fsdp=4", "mesh.tensor=2", "accumulate=2")],
+)
+def test_meshes_and_micro_batches_change_nothing(words, adapt, whole, tmp_path):
+  many = adapt("steps=3", *words).run(tmp_path / "w")
+  for ours, theirs in zip(losses(many), losses(whole), strict=False):
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
+
+
+def test_a_finished_run_is_read_back(adapt, whole, tmp_path, copy, capsys):
+  again = adapt().run(copy(whole.workdir, newest=STEPS))
+  assert "this run is finished" in capsys.readouterr().out
+  for one, other in zip(
+    jax.tree.leaves(again.params), jax.tree.leaves(whole.params), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_the_run_says_what_trains(adapt, tmp_path, capsys):
+  adapt("steps=1").run(tmp_path / "w")
+  told = capsys.readouterr().out
+  trained = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+  assert f"adapters: LoRA trains {trained:,} parameters in 14 leaves" in told
+  assert "frozen beside them: 0.1 MB, 32.000 bits a parameter" in told
+
+
+def test_a_wrong_base_is_refused(adapt, whole, tiny, copy, tmp_path):
+  """On resuming, and where the run's folder is opened as a model."""
+  place = copy(whole.workdir, newest=8)
+  other = tmp_path / "other"
+  tiny("steps=3", "seed=5").run(other)
+  before = json.loads((place / "config.json").read_text())
+  run = dataclasses.replace(adapt(), initial=str(other))
+  before["initial"] = str(other)
+  (place / "config.json").write_text(json.dumps(before))
+  with pytest.raises(InputError, match=r"initial: these weights are .* beside"):
+    run.run(place)
+  with pytest.raises(InputError, match=r"adapters were trained beside the weights"):
+    open_model(place).params(whole.decoder)
+
+
+def test_quantized(adapt, tmp_path, capsys):
+  """The base in NF4: learns, resumes to the bit, opens as what was trained."""
+  fields = {"quantized": NF4(block=4)}
+  run = adapt("ema=none", **fields)
+  result = run.run(tmp_path / "a")
+  start, *_, end = held_out(result)
+  assert end < start - 0.002
+  adapt("ema=none", "steps=4", **fields).run(tmp_path / "b")
+  run.run(tmp_path / "b")
+  same_arrays(last(tmp_path / "a"), last(tmp_path / "b"))
+  capsys.readouterr()
+  read = open_model(tmp_path / "a").params(result.decoder)
+  assert "merged into the weights as NF4" in capsys.readouterr().out
+  for name, leaf in named_leaves(merge(result.params)).items():
+    np.testing.assert_allclose(
+      named_leaves(read)[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  many = adapt("ema=none", "steps=2", "mesh.fsdp=4", "mesh.tensor=2", **fields)
+  for ours, theirs in zip(
+    losses(many.run(tmp_path / "c")), losses(result), strict=False
+  ):
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+
+
+def test_references_are_the_base_s_and_cost_nothing(tmp_path_factory, tiny, base):
+  """DPO beside a frozen base: its own log-probabilities, and no second model."""
+  folder = tmp_path_factory.mktemp("dpo")
+  rows = [{"prompt": f"{i}", "chosen": "yes" * 9, "rejected": "no"} for i in range(40)]
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  run = dataclasses.replace(
+    tiny_pairs.get_config(pairs=str(folder / "pairs.jsonl")),
+    model=tiny().model,
+    initial=str(base),
+  )
+  beside = dataclasses.replace(run, adapters=SMALL)
+  one, two = run.run(folder / "whole"), beside.run(folder / "beside")
+  first = [losses(result)[0] for result in (one, two)]
+  assert first[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+  assert first[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+  assert losses(two)[-1]["loss"] < first[1]["loss"]
+  with pytest.raises(AssertionError):
+    same_arrays(*(folder / n / "checkpoints" / "00000004" for n in ("whole", "beside")))
+  (target,) = plan.launch.targets("h100:8")
+  told = [plan.report(plan.prepare(r, target)).predicted for r in (run, beside)]
+  assert told[1].frozen == told[0].parameters > 0
+  assert told[0].frozen == 0
+
+
+@pytest.mark.parametrize(
+  ("fields", "told"),
+  [
+    ({"initial": None}, "adapters: they train beside a model; name it in initial"),
+    ({"adapters": None, "quantized": NF4()}, "quantized: only a frozen model is"),
+  ],
+)
+def test_refused_at_once(fields, told, adapt):
+  with pytest.raises(InputError, match=told):
+    dataclasses.replace(adapt(), **fields)
+
+
+def test_refused_before_training(adapt, tmp_path):
+  for adapters, told in (
+    (LoRA(rank=65), "adapters.rank: 65 is larger than"),
+    (LoRA(targets=("mixer/w",)), "adapters.targets: 'mixer/w' finds nothing"),
+  ):
+    with pytest.raises(InputError, match=told):
+      adapt(adapters=adapters).run(tmp_path / "w")
+  with pytest.raises(InputError, match=r"NF4.block: 64 does not divide the last dim"):
+    adapt(quantized=NF4()).run(tmp_path / "w")
+  with pytest.raises(InputError, match=r"quantized: NF4.* on this mesh"):
+    adapt("mesh.tensor=1", "mesh.fsdp=8", quantized=NF4(block=8)).run(tmp_path / "w")
