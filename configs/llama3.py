@@ -48,6 +48,7 @@ def get_config(
   text: str = "text/*.jsonl.zst",
   method: Literal["whole", "lora", "qlora"] = "whole",
   model: str | None = None,
+  rank: int = 8,
 ) -> Train:
   """Returns the run; every argument can be given after the file's name."""
   if method != "whole" and model is None:
@@ -56,7 +57,7 @@ def get_config(
   return Train(
     model=shape,
     initial=model,
-    adapters=LoRA(rank=16, alpha=32.0) if beside else None,
+    adapters=LoRA(rank=rank, alpha=2.0 * rank) if beside else None,
     quantized=NF4() if method == "qlora" else None,
     data=Data(
       sources=(Weighted(source=Jsonl(path=text)),),

@@ -19,7 +19,11 @@ OVERLAP = {
   "xla_tpu_overlap_compute_collective_tc": "true",
   "xla_enable_async_all_gather": "true",
 }
+BESIDE = "model=MODEL,seq_len=1024,batch=1"
 PLANS = {
+  "lora_8b_v5p": [f"configs/llama3.py:size=8b,method=lora,{BESIDE}", "v5p:1x1x1"],
+  "qlora_8b_v5p": [f"configs/llama3.py:size=8b,method=qlora,{BESIDE}", "v5p:1x1x1"],
+  "qlora_70b_v5p": [f"configs/llama3.py:size=70b,method=qlora,{BESIDE}", "v5p:1x1x1"],
   "8b_v5p_4x4x4": ["configs/llama3.py:size=8b,batch=256", "v5p:4x4x4"],
   "8b_v5p_4x4x4_overlap": [
     "configs/llama3.py:size=8b,batch=256",

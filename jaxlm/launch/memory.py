@@ -18,7 +18,7 @@ from jaxlm.ops.attention import QUERIES
 from jaxlm.ops.collectives import PIECE
 from jaxlm.ops.kernels.choice import NAMING, Chosen, choose
 from jaxlm.shapes import PyTree
-from jaxlm.training.objective import Frozen
+from jaxlm.training.objective import BASE, Frozen
 from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import named_leaves
 
@@ -79,9 +79,13 @@ def predict(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes.params
   )
   gradients = held_bytes(in_float32, shardings.params)
+  beside_it = any(part.name == BASE for part in frozen)
   # The loss comes before there is a gradient of a layer, the embedding after them all.
-  fullest = max(_loss(decoder, work) - gradients, _backward(decoder, work))
-  temporaries = max(kept(decoder, work) + fullest, _embedding(decoder))
+  loss = _loss(decoder, work, frozen=beside_it)
+  fullest = max(loss - gradients, _backward(decoder, work))
+  temporaries = kept(decoder, work) + fullest
+  if not beside_it:
+    temporaries = max(temporaries, _embedding(decoder))
   kept_beside = [part.shapes for part in frozen]
   shardings = jax.tree.map(lambda leaf: leaf.sharding, kept_beside)
   beside = held_bytes(kept_beside, shardings)
@@ -188,12 +192,17 @@ def _embedding(decoder: Decoder) -> float:
   return 2 * 4 * decoder.spec.vocab / _split(decoder, "vocab") * decoder.spec.dim
 
 
-def _loss(decoder: Decoder, work: Work) -> float:
-  """Returns the bytes alive while the loss walks over its chunks."""
+def _loss(decoder: Decoder, work: Work, *, frozen: bool) -> float:
+  """Returns the bytes alive while the loss walks over its chunks.
+
+  A frozen head has no gradient.
+  """
   dtype = count.BYTES[decoder.precision.compute]
   vocab, dim = decoder.spec.vocab / _split(decoder, "vocab"), decoder.spec.dim
   tokens = work.rows * min(work.chunk, work.length)
   logits = 2 * 4 * tokens * vocab
   # The head gathered, its gradient, and a piece of that while it is being scattered.
-  head = dim * vocab * (dtype + 4) + 4 * dim * min(vocab, PIECE)
+  head = dim * vocab * dtype
+  if not frozen:
+    head += 4 * dim * (vocab + min(vocab, PIECE))
   return logits + head + 3 * work.rows * work.length * dim * dtype

@@ -114,10 +114,14 @@ def forward_flops(model: spec.LM, seq_len: int) -> Flops:
   return Flops(causal, full)
 
 
-def training_flops(model: spec.LM, seq_len: int) -> Flops:
-  """Returns the operations of a token's training step: three forward passes."""
-  forward = forward_flops(model, seq_len)
-  return Flops(3 * forward.causal, 3 * forward.full)
+def training_flops(model: spec.LM, seq_len: int, *, frozen: bool = False) -> Flops:
+  """Returns the operations of a token's training step: three forward passes.
+
+  They are two where the model is frozen: its weights have no gradients, and adapters'
+  own operations are left out.
+  """
+  forward, passes = forward_flops(model, seq_len), 2 if frozen else 3
+  return Flops(passes * forward.causal, passes * forward.full)
 
 
 def cache_bytes(model: spec.LM, length: int, dtype: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from jaxlm.shapes import Array, Float
@@ -97,21 +98,25 @@ class Quantized:
   """
 
   codes: Held
-  """The weight's dims. Of four bits the last dim is half as long: two codes a byte, of
-  which the first has the high bits."""
+  """The weight's dims, those of its outputs as one. Of four bits that last one is half
+  as long: two codes a byte, of which the first has the high bits."""
   scales: Held | CodedScales
-  """float32, the weight's dims: of the last one number a block, or one for each of its
-  columns; of any other as many as the weight has, or 1 for all."""
+  """float32, such dims: of the last one number a block, or one for each of its columns;
+  of any other as many as the weight has, or 1 for all."""
   code: Code = dataclasses.field(metadata={"static": True})
   """What the codes stand for."""
   dtype: str = dataclasses.field(metadata={"static": True})
   """Of the weight that this stands for."""
+  outputs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+  """The weight's dims of outputs, where they are several. An array whose last dim is
+  that of a head alone would be padded on TPU to twice its size and more."""
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Of the weight that this stands for."""
     *dims, last = self.codes.shape
-    return (*dims, 2 * last if self.code in ("int4", "nf4") else last)
+    last = 2 * last if self.code in ("int4", "nf4") else last
+    return (*dims, *(self.outputs or (last,)))
 
   @property
   def ndim(self) -> int:
@@ -133,14 +138,24 @@ class Quantized:
 
   def whole(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
     """Returns the weight in a dtype, its own by default; products are in float32."""
-    frozen = jax.lax.stop_gradient(self)
+    frozen = jax.tree.map(_in_order, jax.lax.stop_gradient(self))
     scales = frozen.scales
     if isinstance(scales, CodedScales):
       scales = scales.whole()
     values = _values(frozen.codes, self.code)
-    blocks = values.reshape(*values.shape[:-1], scales.shape[-1], -1)
-    product = blocks * scales[..., None]
+    block = values.shape[-1] // scales.shape[-1]
+    product = values * jnp.repeat(scales, block, axis=-1)
     return product.reshape(self.shape).astype(dtype or self.dtype)
+
+
+def _in_order(array: Array) -> Array:
+  """Returns an array laid out row by row.
+
+  Else a compiler may lay out all stacked layers anew before a loop over them, as it
+  would like one layer inside: a second copy of the model.
+  """
+  order = tuple(range(array.ndim))
+  return with_layout_constraint(array, Layout(major_to_minor=order))
 
 
 def pack(codes: Array) -> Array:
@@ -155,7 +170,7 @@ def pack(codes: Array) -> Array:
 def unpack(packed: Array) -> Array:
   """Returns the codes that `pack` packed."""
   both = jnp.stack([packed >> 4, packed & 15], axis=-1)
-  return both.reshape(*packed.shape[:-1], -1)
+  return jax.lax.optimization_barrier(both.reshape(*packed.shape[:-1], -1))
 
 
 def _values(codes: Array, code: Code) -> Array:

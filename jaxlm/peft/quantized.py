@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.parameters import Matrix
 from jaxlm.ops.quantized import CodedScales, Quantized
 from jaxlm.peft.targets import Targets, copied, get, put, targets_of
 from jaxlm.quantization.formats import Format, quantize
@@ -59,19 +58,18 @@ def shardings(decoder: Decoder, shapes: PyTree, whole: PyTree) -> PyTree:
 
 
 def _leaf(decoder: Decoder, leaf: Quantized, targets: Targets, name: str) -> Quantized:
-  matrix: Matrix = targets.matrices[name]
-  axes = ("layers",) * targets.stacked(name) + matrix.axes
+  layers, ins, outs = targets.axes(name)
+  axes = (*layers, *ins, outs[0])
 
   def sharding(array: Any) -> Any:
     # Scales have 1 where many numbers share them.
-    sizes = zip(array.shape, leaf.shape, axes, strict=True)
+    sizes = zip(array.shape, leaf.codes.shape, axes, strict=True)
     return decoder.layout.sharding(
       *(None if size == 1 < whole else axis for size, whole, axis in sizes)
     )
 
   scales: Any = leaf.scales
   if isinstance(scales, CodedScales):
-    layers = axes[: targets.stacked(name)]
     scales = CodedScales(
       sharding(scales.codes),
       decoder.layout.sharding(*layers, None),

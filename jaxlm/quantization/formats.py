@@ -1,12 +1,13 @@
 """The formats of quantized weights, and a weight in one of them.
 
-A block is a run of a weight's last dim. Codes are the nearest there are: between two
-integers the even one, between two values of a table the lower one. A block of zeros
-stays one.
+A block is a run of a weight's outputs, their dims taken as one. Codes are the nearest
+there are: between two integers the even one, between two values of a table the lower
+one. A block of zeros stays one.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,14 +89,17 @@ def quantize(
     InputError: the dims or the dtype do not suit the format.
   """
   _check(spec, weight, inputs, stacked)
-  plain = weight.astype(jnp.float32)
+  ahead = stacked + inputs
+  outputs = weight.shape[ahead:]
+  plain = weight.astype(jnp.float32).reshape(*weight.shape[:ahead], -1)
   if spec.block is None:
     summed = tuple(range(stacked, stacked + inputs))
     scales = jnp.max(jnp.abs(plain), axis=summed, keepdims=True)
   else:
     blocks = plain.reshape(*plain.shape[:-1], -1, spec.block)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
-  form = functools.partial(_leaf, plain, dtype=weight.dtype.name)
+  several = outputs if len(outputs) > 1 else ()
+  form = functools.partial(_leaf, plain, dtype=weight.dtype.name, outputs=several)
   match spec:
     case Int8():
       return form(scales / 127, code="int8")
@@ -123,7 +127,9 @@ def bits_per_parameter(
   return 8 * leaf.nbytes / leaf.size
 
 
-def _leaf(plain: Array, scales: Array, *, code: Code, dtype: str) -> Quantized:
+def _leaf(
+  plain: Array, scales: Array, *, code: Code, dtype: str, outputs: tuple[int, ...]
+) -> Quantized:
   """Returns the codes nearest to a weight over its scales."""
   scales = jnp.where(scales < TINY, 0.0, scales)
   blocks = plain.reshape(*plain.shape[:-1], scales.shape[-1], -1)
@@ -137,7 +143,7 @@ def _leaf(plain: Array, scales: Array, *, code: Code, dtype: str) -> Quantized:
       codes = jnp.clip(units, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     case "nf4":
       codes = pack(_nearest(np.array(NF4_VALUES, np.float32), units))
-  return Quantized(codes, scales, code, dtype)
+  return Quantized(codes, scales, code, dtype, outputs)
 
 
 def _coded(scales: Array, stacked: int) -> CodedScales:
@@ -176,20 +182,21 @@ def _check(spec: Format, weight: Array, inputs: int, stacked: int) -> None:
     raise InputError(
       f"weight: {weight.dtype.name} of shape {shape} is not quantized; give floats."
     )
-  if stacked < 0 or inputs < 1 or stacked + inputs > len(shape):
+  if stacked < 0 or inputs < 1 or stacked + inputs >= len(shape):
     raise InputError(
-      f"weight: shape {shape} has no {stacked} dims of layers and {inputs} of inputs; "
-      "give at least one of inputs, and at most as many as there are together."
+      f"weight: shape {shape} has no {stacked} dims of layers, {inputs} of inputs and "
+      "some of outputs; give at least one of inputs, and leave one of outputs."
     )
   if 0 in shape:
     raise InputError(f"weight: shape {shape} is empty; give at least one number.")
-  if spec.block is not None and shape[-1] % spec.block:
+  outputs = math.prod(shape[stacked + inputs :])
+  if spec.block is not None and outputs % spec.block:
     raise InputError(
-      f"{name}.block: {spec.block} does not divide the last dim of shape {shape}; "
-      "give a divisor of it."
+      f"{name}.block: {spec.block} does not divide the {outputs} outputs of shape "
+      f"{shape}; give a divisor of them."
     )
-  if isinstance(spec, Int4 | NF4) and shape[-1] % 2:
+  if isinstance(spec, Int4 | NF4) and outputs % 2:
     raise InputError(
-      f"weight: the last dim of shape {shape} is odd; {name} packs two codes a byte, "
-      "so give an even one."
+      f"weight: the {outputs} outputs of shape {shape} are odd; {name} packs two codes "
+      "a byte, so give an even number."
     )

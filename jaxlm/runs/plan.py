@@ -141,7 +141,8 @@ def report(ready: Prepared) -> Report:
     parts.decoder, parts.plan, _work(run, layout), parts.task.frozen
   )
   tokens = run.data.batch * run.data.seq_len
-  whole = count.training_flops(run.model, run.data.seq_len)
+  beside = run.adapters is not None
+  whole = count.training_flops(run.model, run.data.seq_len, frozen=beside)
   flops = count.Flops(*(f * tokens / layout.mesh.size for f in whole))
   found = Report(
     target, tokens, flops, predicted, program,
@@ -149,7 +150,8 @@ def report(ready: Prepared) -> Report:
   )  # fmt: skip
   lines = [
     f"=== plan: {target.text} ===",
-    summary.describe_model(run.model, run.data.seq_len, run.data.batch),
+    summary.describe_model(run.model, run.data.seq_len, run.data.batch, frozen=beside),
+    *_tuning(run, parts),
     summary.describe_layout(layout, parts.plan),
     summary.describe_attention(parts.decoder, run.data.seq_len)
     + f"\nremat: {run.remat}; micro-batches: {run.accumulate}",
@@ -161,6 +163,13 @@ def report(ready: Prepared) -> Report:
     *_advice(run, parts, found),
   ]
   return found._replace(lines=tuple(lines))
+
+
+def _tuning(run: Train, parts: Assembled) -> list[str]:
+  if parts.base is None:
+    return []
+  name = type(run.adapters).__name__
+  return [summary.describe_tuning(parts.plan.shapes.params, parts.base, name)]
 
 
 def _work(run: Train, layout: Layout) -> memory.Work:
@@ -181,9 +190,10 @@ def _seconds(
   """Returns the roofline; recomputation is counted in, by the compiler or by preset."""
   layout = parts.decoder.layout
   tokens = run.data.batch * run.data.seq_len / layout.mesh.size
-  scores = flops.causal - 6.0 * count.matrix_parameters(run.model) * tokens
+  passes = 3 if run.adapters is None else 2
+  scores = flops.causal - 2.0 * passes * count.matrix_parameters(run.model) * tokens
   # A table of the config's own is taken to recompute as much as "full".
-  again = 1.0 if run.remat in LIGHTER[1:] else 4 / 3
+  again = 1.0 if run.remat in LIGHTER[1:] else 1 + 1 / passes
   products = costs.matmul_flops if costs else again * (flops.causal - scores)
   # The kernels' own recomputation of scores in the backward pass is in `again` too;
   # where no kernel ran the products have the scores in them.

@@ -20,13 +20,16 @@ from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import match, named_leaves
 
 
-def describe_model(model: spec.LM, seq_len: int, batch: int) -> str:
-  """Returns the lines about parameters and operations."""
+def describe_model(
+  model: spec.LM, seq_len: int, batch: int, *, frozen: bool = False
+) -> str:
+  """Returns the lines about parameters and operations, of a frozen model without those
+  of its gradients."""
   counts = count.parameters(model)
   groups = ", ".join(
     f"{name} {_amount(value)}" for name, value in counts._asdict().items() if value
   )
-  flops = count.training_flops(model, seq_len)
+  flops = count.training_flops(model, seq_len, frozen=frozen)
   tokens = batch * seq_len
   return (
     f"model: {counts.total:,} parameters ({groups}); {len(model.blocks)} blocks\n"

@@ -164,7 +164,12 @@ class Train:
       print(f"changed since this workdir was last run: {change}")
 
     inputs = read_inputs(self, workdir)
-    print(summary.describe_model(self.model, self.data.seq_len, self.data.batch))
+    beside = self.adapters is not None
+    print(
+      summary.describe_model(
+        self.model, self.data.seq_len, self.data.batch, frozen=beside
+      )
+    )
     parts = assemble(self, layout)
     options = xla.options(
       chip_of(layout.mesh.devices.flat[0].device_kind), self.compiler

@@ -1,4 +1,5 @@
 import functools
+import math
 import pathlib
 import re
 
@@ -75,9 +76,10 @@ def test_bits_per_parameter_are_those_that_are_stored():
 
 
 def columns(leaf) -> np.ndarray:
-  """A leaf's scales, one for each number of the weight."""
-  scales = np.repeat(leaf.scales, leaf.shape[-1] // leaf.scales.shape[-1], axis=-1)
-  return np.broadcast_to(scales, leaf.shape)
+  """A leaf's scales, one for each number of the weight, outputs as one dim."""
+  shape = (*leaf.codes.shape[:-1], leaf.size // math.prod(leaf.codes.shape[:-1]))
+  scales = np.repeat(leaf.scales, shape[-1] // leaf.scales.shape[-1], axis=-1)
+  return np.broadcast_to(scales, shape)
 
 
 @pytest.mark.parametrize("name", ["int8 by channel", "int8 by block", "int4"])
@@ -109,16 +111,17 @@ def test_fp8_is_the_nearest(name):
 def test_nf4_is_the_nearest_of_its_values():
   weight = some()
   leaf = quantize(FORMATS["nf4"], weight, inputs=1)
-  units = np.asarray(weight) / columns(leaf)
+  assert leaf.shape == SHAPE
+  units = np.asarray(weight).reshape(6, 64) / columns(leaf)
   distance = np.abs(units[..., None] - np.array(NF4_VALUES, np.float32))
   np.testing.assert_array_equal(unpack(leaf.codes), distance.argmin(-1))
 
 
 def test_a_scale_belongs_to_an_output_or_to_a_block():
   assert quantize(Int8(), some(), inputs=2).scales.shape == (1, 1, 16)
-  assert quantize(Int8(), some(), inputs=1).scales.shape == (1, 4, 16)
+  assert quantize(Int8(), some(), inputs=1).scales.shape == (1, 64)
   assert quantize(Int8(), some(), inputs=1, stacked=1).scales.shape == (6, 1, 16)
-  assert quantize(Int8(block=4), some(), inputs=1).scales.shape == (6, 4, 4)
+  assert quantize(Int8(block=4), some(), inputs=1).scales.shape == (6, 16)
   leaf = quantize(Int8(), some(), inputs=1, stacked=1)
   assert isinstance(leaf.scales, jax.Array)
   expected = np.max(np.abs(some()), axis=1, keepdims=True) / 127
@@ -209,15 +212,18 @@ def test_it_works_under_jit_and_keeps_the_dtype(name):
   [
     (lambda: Int4(block=0), "Int4.block: 0 is under 1"),
     (lambda: NF4(block=-64), "NF4.block: -64 is under 1"),
-    (lambda: quantize(NF4(), some(), inputs=1), "NF4.block: 64 does not divide"),
-    (lambda: quantize(Int8(), some(), inputs=0), "no 0 dims of layers and 0 of inputs"),
-    (lambda: quantize(Int8(), some(), inputs=3, stacked=1), "1 dims of layers and 3"),
+    (lambda: quantize(NF4(), some(), inputs=2), "NF4.block: 64 does not divide"),
+    (lambda: quantize(Int8(), some(), inputs=0), "no 0 dims of layers, 0 of inputs"),
+    (lambda: quantize(Int8(), some(), inputs=3, stacked=1), "no 1 dims of layers, 3"),
     (
       lambda: quantize(Int8(), jnp.ones((2, 2), int), inputs=1),
       "int32 of shape (2, 2)",
     ),
     (lambda: quantize(Int8(), jnp.ones((0, 2)), inputs=1), "shape (0, 2) is empty"),
-    (lambda: quantize(Int4(block=3), some((2, 3)), inputs=1), "(2, 3) is odd"),
+    (
+      lambda: quantize(Int4(block=3), some((2, 3)), inputs=1),
+      "the 3 outputs of shape (2, 3) are odd",
+    ),
     (lambda: bits_per_parameter(NF4(), (8, 8), inputs=1), "NF4.block: 64 does not"),
   ],
 )

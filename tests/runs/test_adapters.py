@@ -233,7 +233,7 @@ def test_refused_before_training(adapt, tmp_path):
   ):
     with pytest.raises(InputError, match=told):
       adapt(adapters=adapters).run(tmp_path / "w")
-  with pytest.raises(InputError, match=r"NF4.block: 64 does not divide the last dim"):
+  with pytest.raises(InputError, match=r"NF4.block: 64 does not divide the 32 outputs"):
     adapt(quantized=NF4()).run(tmp_path / "w")
   with pytest.raises(InputError, match=r"quantized: NF4.* on this mesh"):
     adapt("mesh.tensor=1", "mesh.fsdp=8", quantized=NF4(block=8)).run(tmp_path / "w")
