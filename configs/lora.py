@@ -23,9 +23,13 @@ from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError, nearest
 from jaxlm.interop.checkpoint import open_model
 from jaxlm.models.spec import Precision, for_length
+from jaxlm.peft.bottleneck import Bottleneck
+from jaxlm.peft.ia3 import IA3
 from jaxlm.peft.lora import LoRA
 from jaxlm.peft.methods import Adapters
 from jaxlm.peft.part import Part
+from jaxlm.peft.products import LoHa, VeRA
+from jaxlm.peft.soft_prompt import Prefix, Prompt, PTuning
 from jaxlm.posttrain.objectives import Preference, Reward
 from jaxlm.quantization.formats import NF4
 from jaxlm.runs.samples import Samples
@@ -41,6 +45,16 @@ METHODS: dict[str, tuple[Adapters, float]] = {
   "dora": (LoRA(dora=True), 1e-3),
   "loraplus": (LoRA(), 2e-4),
   "qlora": (LoRA(), 1e-3),
+  "pissa": (LoRA(start="pissa"), 2e-4),
+  "olora": (LoRA(start="olora"), 2e-4),
+  "vera": (VeRA(), 1e-2),
+  "loha": (LoHa(), 1e-3),
+  "ia3": (IA3(), 1e-2),
+  "prefix": (Prefix(), 1e-2),
+  "prompt": (Prompt(), 1e-2),
+  "ptuning": (PTuning(), 1e-3),
+  "serial": (Bottleneck(), 1e-3),
+  "parallel": (Bottleneck(where="parallel"), 1e-3),
   "norms": (Part(train=("norms-and-biases",)), 5e-3),
   "last": (Part(train=("",), last=2), 1e-4),
 }

@@ -66,8 +66,8 @@ def main() -> None:
     steps=args.steps,
   )
   layout = Layout(make_mesh(run.mesh), run.sharding)
-  parts = assemble(run, layout, lambda decoder: initial.load(opened, decoder, 0))
-  state = parts.first_state()
+  parts = assemble(run, layout)
+  state = parts.first_state(initial.load(opened, parts.decoder, 0))
   place = Placement.of(layout, run.data)
   host["values"] = np.zeros((count, length), np.float32)
   batch = place.put({n: a for n, a in host.items() if n in parts.batch})

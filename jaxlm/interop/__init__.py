@@ -10,6 +10,9 @@ hf.py          config.json and safetensors
 gguf.py        GGUF files; vocabulary.py the vocabularies inside them,
                pretokenizers.py the ways these cut text into words
 adapted.py     a model out of a run that trained adapters
+peft_modules.py  what PEFT's folders of adapters have to do with a model
+peft_read.py   adapters out of them
+peft_write.py  adapters into them
 own.py         jaxlm's own folder of a model
 progress.py    a bar over parameters
 

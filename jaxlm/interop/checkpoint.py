@@ -24,16 +24,18 @@ from etils import epath
 from jaxlm import files
 from jaxlm.data import sentencepieces, tokenizers
 from jaxlm.errors import InputError
-from jaxlm.interop import gguf, hf, own, stream, vocabulary
+from jaxlm.interop import gguf, hf, own, peft_read, stream, vocabulary
 from jaxlm.interop.adapted import Adapted, adapted_of
 from jaxlm.interop.family import Family
 from jaxlm.interop.names import Entry, Table, check_tensors, entries
 from jaxlm.interop.registry import by_name, family_of
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import LM
+from jaxlm.peft import methods
+from jaxlm.peft.targets import merge
 from jaxlm.shapes import PyTree
 
-Kind = Literal["jaxlm", "hf", "gguf"]
+Kind = Literal["jaxlm", "hf", "gguf", "peft"]
 Tell = Callable[[int], Any]
 
 
@@ -55,6 +57,8 @@ class Opened:
   """The tensors, where they are not Orbax's."""
   stored: str
   """What the file says of its dtypes."""
+  base: "Opened | None" = None
+  """Of a folder of PEFT's adapters: the model that they are for."""
 
   def params(self, decoder: Decoder, tell: Tell = _nothing) -> PyTree:
     """Returns the parameters in the decoder's shardings and dtype.
@@ -66,6 +70,8 @@ class Opened:
     Raises:
       InputError: a tensor is missing, unknown, or has another shape.
     """
+    if self.base is not None:
+      return self._beside(self.base, decoder, tell)
     plan = stream.Plan.of(decoder)
     if self.source is None:
       adapted = adapted_of(self.place)
@@ -76,6 +82,18 @@ class Opened:
       return read
     wanted = self._entries(plan)
     return stream.load(plan, self.source, wanted, tell)
+
+  def _beside(self, base: "Opened", decoder: Decoder, tell: Tell) -> PyTree:
+    assert self.family is not None
+    found = peft_read.read(self.place, decoder, self.family)
+    weights = dataclasses.replace(base, model=decoder.spec).params(decoder, tell)
+    attach = methods.build(found.spec, (), decoder).attach
+
+    def together(weights: PyTree, trained: PyTree) -> PyTree:
+      merged = merge(attach(weights, trained, None))
+      return jax.tree.map(lambda x: x.astype(decoder.precision.params), merged)
+
+    return jax.jit(together, donate_argnums=0)(weights, found.trained)
 
   def _adapted(self, adapted: Adapted, decoder: Decoder, tell: Tell) -> PyTree:
     run = adapted.run
@@ -145,6 +163,8 @@ class Opened:
     Raises:
       InputError: there is none, or it is of a kind that is not read.
     """
+    if self.base is not None:
+      return self.base.tokenizer(form)
     if isinstance(self.source, gguf.GGUFFile):
       return vocabulary.tokenizer_of(self.source.metadata, str(self.place))
     if form == "gguf" and (self.place / sentencepieces.MODEL_FILE).exists():
@@ -172,6 +192,8 @@ def open_model(place: files.Pathlike, field: str = "model") -> Opened:
     told = own.describe(found)
     family = None if told.family is None else by_name(told.family)
     return Opened(found, "jaxlm", family, told.model, told.dtype, None, told.dtype)
+  if peft_read.is_one(found):
+    return _open_adapters(found, field)
   family, model = hf.read_config(found)
   source = hf.Safetensors(found, family)
   if model.head == "tied":
@@ -180,6 +202,22 @@ def open_model(place: files.Pathlike, field: str = "model") -> Opened:
   kinds = sorted(source.dtypes)
   dtype = "bfloat16" if kinds == ["BF16"] else "float32"
   return Opened(found, "hf", family, model, dtype, source, ", ".join(kinds))
+
+
+def _open_adapters(folder: epath.Path, field: str) -> Opened:
+  named = peft_read.base_of(folder)
+  places = [place for place in (folder / named, files.path(named)) if place.exists()]
+  if not places:
+    raise InputError(
+      f"{field}: {folder / peft_read.CONFIG}: base_model_name_or_path={named!r} is no "
+      "folder here. Put the model's own folder there, or change the name in the file."
+    )
+  base = open_model(places[0], field)
+  if base.family is None:
+    raise InputError(f"{field}: {places[0]}: has no family, so no names as PEFT's.")
+  kind = json.loads((folder / peft_read.CONFIG).read_text()).get("peft_type")
+  told = f"{kind} beside {base.place}, {base.stored}"
+  return dataclasses.replace(base, place=folder, kind="peft", stored=told, base=base)
 
 
 def _open_gguf(file: epath.Path) -> Opened:

@@ -1,4 +1,8 @@
-"""Grouped-query attention over a sequence, or over a cache of earlier keys."""
+"""Grouped-query attention over a sequence, or over a cache of earlier keys.
+
+Where the parameters have `prefix_k` and `prefix_v` [S, G, K], these are keys and values
+at positions 0 to S - 1 that every row and every segment sees (Li & Liang 2021).
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,9 +12,9 @@ from jaxlm.errors import InputError
 from jaxlm.models import spec as specs
 from jaxlm.models.cached import KVCache, Seen, extend
 from jaxlm.models.norms import Norm
-from jaxlm.models.parameters import bias, matrix
+from jaxlm.models.parameters import bias, given, matrix
 from jaxlm.models.positions import rope_frequencies
-from jaxlm.ops.attention import Scoring, attend_heads
+from jaxlm.ops.attention import Prefix, Scoring, attend_heads
 from jaxlm.ops.kernels.choice import Kernel, Work, attend_sequences
 from jaxlm.ops.masks import attention_mask
 from jaxlm.ops.rope import alibi_slopes, rotate
@@ -36,7 +40,10 @@ class Attention(nn.Module):
     segments_BT: Int[Array, "B T"] | None,
     cache: KVCache | None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Returns the update to the residual stream and the cache with these keys."""
+    """Returns the update to the residual stream and the cache with these keys.
+
+    Positions begin behind the prefix, where there is one.
+    """
     D, H, G, K = (
       x_BTD.shape[-1],
       self.spec.heads,
@@ -53,24 +60,13 @@ class Attention(nn.Module):
       frequencies, magnitude = rope_frequencies(self.spec.positions, K)
       q_BTHK = rotate(q_BTHK, positions_BT, frequencies, magnitude=magnitude)
       k_BTGK = rotate(k_BTGK, positions_BT, frequencies, magnitude=magnitude)
+    qkv, prefix = (q_BTHK, k_BTGK, v_BTGK), self._prefix()
     if cache is None:
-      whole = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
-      # A first pass that makes parameters sees one token, which no fused kernel takes.
-      kernel = "blocks" if self.is_initializing() else self.kernel
-      length, dtype = x_BTD.shape[1], str(q_BTHK.dtype)
-      out_BTHK = attend_sequences(
-        kernel,
-        work_of(self.spec, length, dtype),
-        self.layout,
-        (q_BTHK, k_BTGK, v_BTGK),
-        (positions_BT, whole),
-      )
+      out_BTHK = self._attend(qkv, positions_BT, segments_BT, prefix)
     else:
       if segments_BT is not None:
         raise InputError("segments: a cache holds one document a row; give none.")
-      window = self.spec.window
-      cache, seen = extend(cache, k_BTGK, v_BTGK, positions_BT, window)
-      out_BTHK = self._read(q_BTHK, positions_BT, seen)
+      out_BTHK, cache = self._read(qkv, positions_BT, cache, prefix)
     out_BTHK = self.layout.constrain(out_BTHK, "batch", "sequence", "heads", "head_dim")
     return self._output(out_BTHK, D), cache
 
@@ -104,11 +100,59 @@ class Attention(nn.Module):
       y += bias(self, "o_bias", (dim,), dtype).astype(y.dtype)[None, None]
     return checkpoint_name(y, "out")
 
-  def _read(self, q_BTHK: Array, positions_BT: Array, seen: Seen) -> Array:
-    mask_BTS = attention_mask(positions_BT, seen.positions_BS, window=self.spec.window)
+  def _prefix(self) -> Prefix | None:
+    axes = (None, "kv_heads", "head_dim")
+    k_SGK, v_SGK = (given(self, f"prefix_{name}", *axes) for name in "kv")
+    if k_SGK is None or v_SGK is None:
+      return None
+    return Prefix(k_SGK, v_SGK)
+
+  def _attend(
+    self,
+    qkv: tuple[Array, Array, Array],
+    positions_BT: Array,
+    segments_BT: Array | None,
+    prefix: Prefix | None,
+  ) -> Array:
+    whole = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
+    # A first pass that makes parameters sees one token, which no fused kernel takes.
+    kernel = "blocks" if self.is_initializing() else self.kernel
+    length, dtype = positions_BT.shape[1], str(qkv[0].dtype)
+    work = work_of(self.spec, length, dtype, 0 if prefix is None else prefix.length)
+    return attend_sequences(
+      kernel, work, self.layout, qkv, (positions_BT, whole), prefix
+    )
+
+  def _read(
+    self,
+    qkv: tuple[Array, Array, Array],
+    positions_BT: Array,
+    cache: KVCache,
+    prefix: Prefix | None,
+  ) -> tuple[Array, KVCache]:
+    q_BTHK, k_BTGK, v_BTGK = qkv
+    window = self.spec.window
+    # The cache holds none of the prefix, and counts positions without it.
+    ahead = 0 if prefix is None else prefix.length
+    cache, seen = extend(cache, k_BTGK, v_BTGK, positions_BT - ahead, window)
+    if prefix is not None:
+      seen = _behind(prefix, seen)
+    mask_BTS = attention_mask(positions_BT, seen.positions_BS, window=window)
     distance_BTS = positions_BT[:, :, None] - seen.positions_BS[:, None]
     scoring, keys = scoring_of(self.spec), (seen.k_BGKS, seen.v_BGSK)
-    return attend_heads(scoring, q_BTHK, *keys, mask_BTS, distance_BTS)
+    return attend_heads(scoring, q_BTHK, *keys, mask_BTS, distance_BTS), cache
+
+
+def _behind(prefix: Prefix, seen: Seen) -> Seen:
+  """Returns what is seen with a prefix in front."""
+  B = len(seen.positions_BS)
+  k_BSGK, v_BSGK = prefix.rows(B, seen.k_BGKS.dtype)
+  ahead = Seen(
+    jnp.transpose(k_BSGK, (0, 2, 3, 1)), jnp.swapaxes(v_BSGK, 1, 2), prefix.positions(B)
+  )
+  own = seen._replace(positions_BS=seen.positions_BS + prefix.length)
+  parts = zip(ahead, own, (3, 2, 1), strict=True)
+  return Seen(*(jnp.concatenate((a, b), axis) for a, b, axis in parts))
 
 
 def scoring_of(spec: specs.GQA) -> Scoring:
@@ -120,6 +164,7 @@ def scoring_of(spec: specs.GQA) -> Scoring:
   return Scoring(scale, spec.softcap, slopes, spec.window)
 
 
-def work_of(spec: specs.GQA, length: int, dtype: str) -> Work:
+def work_of(spec: specs.GQA, length: int, dtype: str, prefix: int = 0) -> Work:
   """Returns what attention over sequences of a length has to do."""
-  return Work(scoring_of(spec), spec.heads, spec.kv_heads, spec.head_dim, length, dtype)
+  scoring, heads = scoring_of(spec), (spec.heads, spec.kv_heads, spec.head_dim)
+  return Work(scoring, *heads, length, dtype, prefix)

@@ -4,7 +4,7 @@ Each spec type stands in one table with the module that runs it; a new mixer is 
 and one row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -32,8 +32,27 @@ MODULES: dict[type, type[nn.Module]] = {
 }
 
 
+def bottleneck(
+  layout: Layout, weights: Mapping[str, Array], x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+  """Returns up(relu(down(x))), of what trains beside a frozen block.
+
+  The weights are down [D, units], down_bias [units], up [units, D] and up_bias [D].
+  """
+  down = layout.constrain(weights["down"], "embed", None)
+  up = layout.constrain(weights["up"], None, "embed")
+  h_BTF = einsum("BTD,DF->BTF", x_BTD, down)
+  h_BTF = jax.nn.relu(h_BTF + weights["down_bias"].astype(x_BTD.dtype)[None, None])
+  y_BTD = einsum("BTF,FD->BTD", h_BTF, up)
+  return y_BTD + weights["up_bias"].astype(x_BTD.dtype)[None, None]
+
+
 class Block(nn.Module):
-  """A mixer and an MLP with their norms and residual connections."""
+  """A mixer and an MLP with their norms and residual connections.
+
+  Where the parameters have them, bottlenecks change what the mixer and the MLP give:
+  `mixer_adapter` and `mlp_adapter` read that, `mlp_beside` what the MLP reads.
+  """
 
   spec: specs.Block
   precision: specs.Precision
@@ -56,11 +75,25 @@ class Block(nn.Module):
       out_BTD, cache = mixer(y_BTD, positions_BT, segments_BT, cache)
       return out_BTD
 
-    x_BTD = self._residual("mixer", mix, x_BTD)
+    x_BTD = self._residual("mixer", self._adapted("mixer", mix), x_BTD)
     if self.spec.mlp is not None:
       mlp = MODULES[type(self.spec.mlp)](self.spec.mlp, *shared, name="mlp")
-      x_BTD = self._residual("mlp", mlp, x_BTD)
+      x_BTD = self._residual("mlp", self._adapted("mlp", mlp), x_BTD)
     return x_BTD, cache
+
+  def _adapted(self, name: str, fn: Callable) -> Callable:
+    params = self.variables.get("params", {})
+    beside, behind = (params.get(f"{name}_{place}") for place in ("beside", "adapter"))
+
+    def run(x_BTD: Array) -> Array:
+      y_BTD = fn(x_BTD)
+      if beside is not None:
+        y_BTD += bottleneck(self.layout, beside, x_BTD)
+      if behind is not None:
+        y_BTD += bottleneck(self.layout, behind, y_BTD)
+      return y_BTD
+
+    return run
 
   def _residual(self, name: str, fn: Callable, x_BTD: Array) -> Array:
     def norm(place: str, y_BTD: Array) -> Array:
@@ -142,14 +175,21 @@ class Embed(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+    self,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    rows_BTD: Float[Array, "B T D"] | None,
   ) -> Float[Array, "B T D"]:
-    """Returns the residual stream's start."""
+    """Returns the residual stream's start, of rows of the table or of these."""
     dim, dtypes = self.spec.dim, self.precision
     axes = ("vocab", "embed")
     rows = table(self, "table", (self.spec.vocab, dim), axes, dtypes.params)
     placed = Placed(self.layout, axes)
-    x_BTD = lookup(placed, rows, tokens_BT, dtypes.compute) * self.spec.embed_scale
+    if rows_BTD is None:
+      x_BTD = lookup(placed, rows, tokens_BT, dtypes.compute)
+    else:
+      x_BTD = rows_BTD.astype(dtypes.compute)
+    x_BTD *= self.spec.embed_scale
     match self.spec.positions:
       case specs.Learned(length=length):
         axes = ("positions", "embed")
@@ -181,28 +221,31 @@ class Decoder(nn.Module):
     cache: PyTree | None = None,
     *,
     noise_BTD: Float[Array, "B T D"] | None = None,
+    rows_BTD: Float[Array, "B T D"] | None = None,
   ) -> tuple[Float[Array, "B T D"], PyTree | None]:
     """Returns the normed residual stream and the cache with these tokens.
 
     Positions count within a segment (0, 1, ... when not given). With a cache, rows go
     on where it ends; a token of a negative position is padding that leaves no trace.
-    Noise is added to the embeddings.
+    Noise is added to the embeddings. With `rows_BTD` these are taken in place of rows
+    of the table, and the tokens tell the shape alone. Where attention has a prefix (see
+    `Attention`), all tokens stand behind it.
 
     Raises:
-      InputError: without a cache, more tokens than the model has learned positions.
+      InputError: without a cache, more tokens than the model has learned positions; or
+        a prefix that is not of one length in all blocks.
     """
-    learned, T = self.spec.positions, tokens_BT.shape[1]
-    if isinstance(learned, specs.Learned) and cache is None and learned.length < T:
-      raise InputError(
-        f"model.positions.length: {learned.length} positions are learned and the input "
-        f"has {T}. Shorten data.seq_len or lengthen the table."
-      )
+    T, ahead = tokens_BT.shape[1], prefix_of(self.variables.get("params", {}))
+    if cache is None:
+      _require_positions(self.spec, T, ahead)
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(
         jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape
       )
+    if ahead:
+      positions_BT += ahead
     x_BTD = Embed(self.spec, self.precision, self.layout, name="embed")(
-      tokens_BT, positions_BT
+      tokens_BT, positions_BT, rows_BTD
     )
     if noise_BTD is not None:
       x_BTD += noise_BTD.astype(x_BTD.dtype)
@@ -245,6 +288,44 @@ class Decoder(nn.Module):
     shared = (self.precision, self.layout, self.remat, self.attention)
     layers = scanned(self.spec, *shared, name="layers")
     return layers(x_BTD, caches, positions_BT, segments_BT)
+
+
+def named_blocks(model: specs.LM) -> dict[str, tuple[specs.Block, tuple[int, ...]]]:
+  """Returns the name of each block's parameters, its spec, and their stacked dims."""
+  layers = (model.repeats,)
+  return {f"prefix_{i}": (block, ()) for i, block in enumerate(model.prefix)} | {
+    f"layers/{i}": (block, layers) for i, block in enumerate(model.pattern)
+  }
+
+
+def prefix_of(params: PyTree) -> int:
+  """Returns how many keys stand in front of every segment.
+
+  Raises:
+    InputError: not as many in all blocks.
+  """
+  lengths = {}
+  for name, part in params.items():
+    blocks = part.items() if name == "layers" else [("", part)]
+    if name != "layers" and not name.startswith("prefix_"):
+      continue
+    for place, block in blocks:
+      keys = block["mixer"].get("prefix_k")
+      lengths[f"{name}/{place}".strip("/")] = 0 if keys is None else keys.shape[-3]
+  if len(set(lengths.values())) > 1:
+    raise InputError(f"prefix: one length is needed in all blocks, not {lengths}.")
+  return max(lengths.values(), default=0)
+
+
+def _require_positions(model: specs.LM, length: int, ahead: int) -> None:
+  """Raises InputError where a table of positions is too short for the input."""
+  learned = model.positions
+  if isinstance(learned, specs.Learned) and learned.length < length + ahead:
+    behind = f" behind a prefix of {ahead}" if ahead else ""
+    raise InputError(
+      f"model.positions.length: {learned.length} positions are learned and the input "
+      f"has {length}{behind}. Shorten data.seq_len or lengthen the table."
+    )
 
 
 def _require_logits(model: specs.LM) -> None:

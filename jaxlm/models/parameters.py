@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.linen as nn
 
 from jaxlm.ops.quantized import Quantized
-from jaxlm.ops.weights import Blocked, Lora, Weight
+from jaxlm.ops.weights import Blocked, Lora, Scaled, Weight
 from jaxlm.shapes import Array
 from jaxlm.sharding.rules import Layout
 
@@ -91,29 +91,46 @@ def matrix(
   found = _DECLARED.get()
   if found is not None:
     found["/".join((*module.path, name))] = Matrix(axes, inputs)
-  given = module.variables.get("params", {}).get(name)
-  if isinstance(given, Blocked | Quantized):
-    return given
-  if isinstance(given, Lora):
-    return _placed(module.layout, given, axes, inputs)
+  leaf = module.variables.get("params", {}).get(name)
+  if isinstance(leaf, Blocked | Quantized):
+    return leaf
+  if isinstance(leaf, Lora | Scaled):
+    return _placed(module.layout, leaf, axes, inputs)
   return module.layout.constrain(module.param(name, init, shape, dtype), *axes)
 
 
 def _placed(
-  layout: Layout, lora: Lora, axes: tuple[str | None, ...], inputs: int
-) -> Lora:
+  layout: Layout, leaf: Lora | Scaled, axes: tuple[str | None, ...], inputs: int
+) -> Lora | Scaled:
   """Returns the leaf with each array constrained as the matrix is."""
-  magnitude = lora.magnitude
-  if magnitude is not None:
-    magnitude = layout.constrain(magnitude, *axes[inputs:])
-  base = lora.base
+  ins, outs, base = axes[:inputs], axes[inputs:], leaf.base
+
+  def placed(array: Array | None, *names: str | None) -> Array | None:
+    return None if array is None else layout.constrain(array, *names)
+
+  if isinstance(base, Array):
+    base = layout.constrain(base, *axes)
+  if isinstance(leaf, Scaled):
+    return Scaled(base, placed(leaf.inputs, *ins), placed(leaf.outputs, *outs))
+  adapters = () if leaf.ids is None else (None,)
   return dataclasses.replace(
-    lora,
-    base=layout.constrain(base, *axes) if isinstance(base, Array) else base,
-    a=layout.constrain(lora.a, *axes[:inputs], None),
-    b=layout.constrain(lora.b, None, *axes[inputs:]),
-    magnitude=magnitude,
+    leaf,
+    base=base,
+    a=layout.constrain(leaf.a, *adapters, *ins, None),
+    b=layout.constrain(leaf.b, *adapters, None, *outs),
+    magnitude=placed(leaf.magnitude, *outs),
   )
+
+
+def given(module: Owner, name: str, *axes: str | None) -> Array | None:
+  """Returns an array that was put beside the declared parameters; None: it was not.
+
+  `axes` are the logical ones of its dims.
+  """
+  found = module.variables.get("params", {}).get(name)
+  if found is None:
+    return None
+  return module.layout.constrain(found, *axes)
 
 
 def table(

@@ -4,6 +4,7 @@
 is for a whole sequence: it walks over blocks of queries, sees only the keys that
 causality and the window leave, and keeps no score for the backward pass (Rabe & Staats
 2021; Dao et al. 2022). Alive at a time are 128 T scores a head, at any length.
+`attend_prefixed` is the same where all rows and segments see a prefix as well.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from jaxlm.ops.fusion import unfused
 from jaxlm.ops.masks import attention_mask
@@ -41,6 +43,32 @@ class Scoring(NamedTuple):
   """ALiBi: each head's penalty per position of distance."""
   window: int | None = None
   """How many keys a query sees, itself among them."""
+
+
+class Prefix(NamedTuple):
+  """Keys and values that stand in front of every segment of every row.
+
+  They are at positions 0 to S - 1, so a segment's own positions begin at S.
+  """
+
+  k_SGK: Float[Array, "S G K"]
+  v_SGK: Float[Array, "S G K"]
+
+  @property
+  def length(self) -> int:
+    """Positions that it takes."""
+    return self.k_SGK.shape[0]
+
+  def rows(
+    self, batch: int, dtype: DTypeLike
+  ) -> tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+    """Returns the keys and the values of so many rows."""
+    k, v = (jnp.broadcast_to(a[None].astype(dtype), (batch, *a.shape)) for a in self)
+    return k, v
+
+  def positions(self, batch: int) -> Int[Array, "B S"]:
+    """Returns the positions of the keys of so many rows."""
+    return jnp.tile(jnp.arange(self.length, dtype=jnp.int32)[None], (batch, 1))
 
 
 def attend(
@@ -100,12 +128,53 @@ def attend_blocks(
   Positions must grow by one within a segment, and a segment's tokens stand together, as
   packing leaves them: then no query sees a key that stands after it.
   """
-  B, T, H, K = q_BTHK.shape
-  G = k_BTGK.shape[2]
+  qkv = _grouped(q_BTHK, k_BTGK, v_BTGK)
+  out_BGRTK: Any = _attend(scoring, *qkv, positions_BT, segments_BT)
+  return jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(q_BTHK.shape)
+
+
+def attend_prefixed(
+  scoring: Scoring,
+  qkv: tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]],
+  places: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+  prefix: Prefix,
+) -> Float[Array, "B T H K"]:
+  """Does as `attend_blocks`, with a prefix in front of each segment.
+
+  `places` are positions and segments. What the prefix gives is found apart, S T scores
+  a head, and both are weighed by their log-partitions, which is exact.
+  """
+  grouped = _grouped(*qkv)
+  found: Any = _attend_apart(scoring, *grouped, *places)
+  out_BGRTK, partition_BGRT1 = found
+  look = jax.checkpoint(functools.partial(_look_at, scoring))
+  ahead_BGRTK, ahead_BGRT1 = look(grouped[0], places[0], prefix)
+  share_BGRT1 = jax.nn.sigmoid(ahead_BGRT1 - partition_BGRT1)
+  own_BGRTK = (1.0 - share_BGRT1) * out_BGRTK.astype(jnp.float32)
+  out_BGRTK = (own_BGRTK + share_BGRT1 * ahead_BGRTK).astype(out_BGRTK.dtype)
+  return jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(qkv[0].shape)
+
+
+def _grouped(q_BTHK, k_BTGK, v_BTGK):
+  (B, T, H, K), G = q_BTHK.shape, k_BTGK.shape[2]
   q_BGRTK = jnp.transpose(q_BTHK.reshape(B, T, G, H // G, K), (0, 2, 3, 1, 4))
-  k_BGTK, v_BGTK = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
-  out_BGRTK: Any = _attend(scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT)
-  return jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(B, T, H, K)
+  return q_BGRTK, jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
+
+
+def _look_at(scoring: Scoring, q_BGRTK, positions_BT, prefix: Prefix):
+  """Returns what queries take from a prefix alone, and their log-partitions.
+
+  All in float32: it is little work, and the keys' gradients are sums over all rows.
+  """
+  keys_BS = prefix.positions(len(positions_BT))
+  mask_BTS = attention_mask(positions_BT, keys_BS, window=scoring.window)
+  distance_BTS = positions_BT[:, :, None] - keys_BS[:, None]
+  q_BGRTK, k_SGK, v_SGK = (a.astype(jnp.float32) for a in (q_BGRTK, *prefix))
+  products_BGRTS = jnp.einsum("BGRTK,SGK->BGRTS", q_BGRTK, k_SGK)
+  scores_BGRTS, _ = _scores(scoring, products_BGRTS, mask_BTS, distance_BTS)
+  weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
+  out_BGRTK = jnp.einsum("BGRTS,SGK->BGRTK", weights_BGRTS, v_SGK)
+  return out_BGRTK, jax.nn.logsumexp(scores_BGRTS, axis=-1, keepdims=True)
 
 
 def block_of(length: int) -> int:
@@ -257,10 +326,12 @@ def _values(scoring: Scoring, block: _Queries, keys: _Keys) -> tuple[Array, Arra
   return (out / total).astype(block.q_BGRTK.dtype), jnp.log(total) + top
 
 
-def _attend_backward(scoring: Scoring, kept, dout_BGRTK):
+def _attend_backward(scoring: Scoring, kept, dout_BGRTK, dpartition_BGRT1=None):
   q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT, out_BGRTK, partition = kept
   weighted = dout_BGRTK.astype(jnp.float32) * out_BGRTK.astype(jnp.float32)
   mean = jnp.sum(weighted, axis=-1, keepdims=True)
+  if dpartition_BGRT1 is not None:
+    mean -= dpartition_BGRT1
   places = (positions_BT, segments_BT)
   queries = _Queries(q_BGRTK, *places, partition, mean, dout_BGRTK)
   keys = _Keys(k_BGTK, v_BGTK, *places)
@@ -306,3 +377,23 @@ def _gradients(scoring: Scoring, block: _Queries, keys: _Keys):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_apart(
+  scoring: Scoring, q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT
+) -> Any:
+  inputs = (q_BGRTK, k_BGTK, v_BGTK, positions_BT, segments_BT)
+  return _apart_forward(scoring, *inputs)[0]
+
+
+def _apart_forward(scoring: Scoring, *inputs):
+  out_BGRTK, kept = _attend_forward(scoring, *inputs)
+  return (out_BGRTK, kept[-1]), kept
+
+
+def _apart_backward(scoring: Scoring, kept, cotangents):
+  return _attend_backward(scoring, kept, *cotangents)
+
+
+_attend_apart.defvjp(_apart_forward, _apart_backward)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxlm.errors import InputError
 from jaxlm.ops.collectives import scatter_sum
 from jaxlm.ops.fusion import unfused
 from jaxlm.ops.quantized import Quantized
@@ -68,19 +69,27 @@ class Lora:
   """A matrix W that two thin ones change: W + scale A B (Hu et al. 2021).
 
   With a magnitude, each output's column of that sum has this length instead of its own,
-  whose gradient is left out (Liu et al. 2024, DoRA, section 4.3).
+  whose gradient is left out (Liu et al. 2024, DoRA, section 4.3). With ids, each row of
+  a batch has an A and a B of its own.
   """
 
   base: "Weight"
   """W, as the module declares it."""
   a: Array
-  """W's input dims, then the rank."""
+  """W's input dims, then the rank; with ids, adapters in front."""
   b: Array
-  """The rank, then W's output dims."""
+  """The rank, then W's output dims; with ids, adapters in front."""
   magnitude: Array | None = None
   """W's output dims."""
+  ids: Array | None = None
+  """Which adapter each row of the batch has; of one that is not there it is NaN."""
+  key: Array | None = None
+  """Of the draws of dropout; None: nothing is dropped."""
   scale: float = dataclasses.field(default=1.0, metadata={"static": True})
   """alpha / rank, say."""
+  rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+  """How much of the input of A is dropped, where there is a key. The rest counts
+  1 / (1 - rate) times."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -88,7 +97,13 @@ class Lora:
     return self.base.shape
 
   def merged(self) -> Array:
-    """Returns the one matrix in their place, in the dtype of W."""
+    """Returns the one matrix in their place, in the dtype of W.
+
+    Raises:
+      InputError: each row has its own.
+    """
+    if self.ids is not None:
+      raise InputError("ids: rows with adapters of their own have no one matrix.")
     inputs = self.a.ndim - 1
     base = whole(self.base)
     a, b = (factor.astype(jnp.float32) for factor in (self.a, self.b))
@@ -99,7 +114,35 @@ class Lora:
     return total.astype(base.dtype)
 
 
-Weight = Float[Array, "..."] | Blocked | Lora | Quantized
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """A matrix whose inputs, outputs or both are multiplied (Liu et al. 2022, IA3)."""
+
+  base: "Weight"
+  """The matrix, as the module declares it."""
+  inputs: Array | None = None
+  """Its input dims."""
+  outputs: Array | None = None
+  """Its output dims."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """As the module declares it."""
+    return self.base.shape
+
+  def merged(self) -> Array:
+    """Returns the one matrix in their place, in its dtype."""
+    base = whole(self.base)
+    total, dims = base.astype(jnp.float32), range(base.ndim)
+    if self.inputs is not None:
+      total *= jnp.expand_dims(self.inputs, tuple(dims[self.inputs.ndim :]))
+    if self.outputs is not None:
+      total *= jnp.expand_dims(self.outputs, tuple(dims[: -self.outputs.ndim]))
+    return total.astype(base.dtype)
+
+
+Weight = Float[Array, "..."] | Blocked | Lora | Quantized | Scaled
 """What a matrix may be."""
 
 
@@ -110,7 +153,7 @@ def whole(weight: Weight) -> Array:
       return weight.whole
     case Quantized():
       return weight.whole()
-    case Lora():
+    case Lora() | Scaled():
       return weight.merged()
     case _:
       return weight
@@ -132,6 +175,8 @@ def einsum(
   dtype = jnp.dtype(result or x.dtype)
   if isinstance(weight, Lora):
     return _adapted(equation, dtype, x, weight)
+  if isinstance(weight, Scaled):
+    return _scaled(equation, dtype, x, weight)
   if isinstance(weight, Quantized):
     weight = weight.whole(x.dtype)
   if isinstance(weight, Blocked):
@@ -146,23 +191,90 @@ def einsum(
   return _product(equation, dtype, x, weight)
 
 
+class _Dims(NamedTuple):
+  """The letters of an equation."""
+
+  left: str
+  result: str
+  summed: str
+  made: str
+
+  @classmethod
+  def of(cls, equation: str) -> "_Dims":
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    summed = "".join(dim for dim in right if dim not in result)
+    return cls(left, result, summed, "".join(d for d in right if d in result))
+
+
 def _adapted(equation: str, dtype: jnp.dtype, x: Array, lora: Lora) -> Array:
   """Returns x (W + scale A B), without that matrix unless a magnitude asks for it."""
-  operands, result = equation.split("->")
-  left, right = operands.split(",")
-  summed = "".join(dim for dim in right if dim not in result)
-  made = "".join(dim for dim in right if dim in result)
-  kept = "".join(dim for dim in left if dim not in summed)
-  low = einsum(f"{left},{summed}r->{kept}r", x, lora.a)
-  change = einsum(f"{kept}r,r{made}->{result}", low, lora.b, result=dtype)
+  dims = _Dims.of(equation)
+  change = _change(dims, dtype, x, lora)
   y = einsum(equation, x, lora.base, result=dtype) + lora.scale * change
   if lora.magnitude is None:
     return y
-  plain = dataclasses.replace(lora, magnitude=None)
+  plain = dataclasses.replace(lora, magnitude=None, key=None)
   total = jax.lax.stop_gradient(plain).merged().astype(jnp.float32)
-  axes = tuple(range(len(summed)))
+  axes = tuple(range(len(dims.summed)))
   factor = lora.magnitude / jnp.sqrt(jnp.sum(jnp.square(total), axis=axes))
-  return jnp.einsum(f"{result},{made}->{result}", y, factor.astype(dtype))
+  return _times(dims.result, dims.made, y, factor)
+
+
+def _change(dims: _Dims, dtype: jnp.dtype, x: Array, lora: Lora) -> Array:
+  """Returns dropped(x) A B, of each row's own A and B where there are ids."""
+  a, b, row = lora.a, lora.b, ""
+  if lora.ids is not None:
+    if lora.ids.shape != x.shape[:1]:
+      raise InputError(f"ids: {lora.ids.shape} of them for {x.shape[0]} rows.")
+    a, b = (jnp.take(each, lora.ids, axis=0, mode="fill") for each in (a, b))
+    row = dims.left[0]
+  if lora.key is not None and lora.rate:
+    kept = jax.random.bernoulli(lora.key, 1 - lora.rate, x.shape)
+    x = jnp.where(kept, x / (1 - lora.rate), 0)
+  low_dims = "".join(dim for dim in dims.left if dim not in dims.summed) + "r"
+  low = einsum(f"{dims.left},{row}{dims.summed}r->{low_dims}", x, a)
+  return einsum(f"{low_dims},{row}r{dims.made}->{dims.result}", low, b, result=dtype)
+
+
+def _scaled(equation: str, dtype: jnp.dtype, x: Array, weight: Scaled) -> Array:
+  dims = _Dims.of(equation)
+  if weight.inputs is not None:
+    x = _times(dims.left, dims.summed, x, weight.inputs)
+  y = einsum(equation, x, weight.base, result=dtype)
+  if weight.outputs is None:
+    return y
+  return _times(dims.result, dims.made, y, weight.outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _times(dims: str, own: str, x: Array, factor: Array) -> Array:
+  """Returns x times a factor for some of its dims, in x's dtype.
+
+  A factor near one is not rounded to that dtype, and its gradient is a float32 sum.
+  """
+  return _multiplied(dims, own, x, factor)
+
+
+def _multiplied(dims: str, own: str, x: Array, factor: Array) -> Array:
+  others = tuple(place for place, dim in enumerate(dims) if dim not in own)
+  factor = jnp.expand_dims(factor.astype(jnp.float32), others)
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def _times_forward(dims: str, own: str, x: Array, factor: Array):
+  return _multiplied(dims, own, x, factor), (x, factor)
+
+
+def _times_backward(dims: str, own: str, kept: tuple[Array, Array], dy: Array):
+  x, factor = kept
+  others = tuple(place for place, dim in enumerate(dims) if dim not in own)
+  product = x.astype(jnp.float32) * dy.astype(jnp.float32)
+  dfactor = jnp.sum(product, axis=others).astype(factor.dtype)
+  return _multiplied(dims, own, dy, factor), dfactor
+
+
+_times.defvjp(_times_forward, _times_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,17 +2,31 @@
 
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder
-from jaxlm.peft import lora, part
+from jaxlm.peft import bottleneck, ia3, lora, part, products, soft_prompt
+from jaxlm.peft.bottleneck import Bottleneck
+from jaxlm.peft.ia3 import IA3
 from jaxlm.peft.lora import LoRA
 from jaxlm.peft.part import Part
+from jaxlm.peft.products import LoHa, VeRA
+from jaxlm.peft.soft_prompt import Prefix, Prompt, PTuning
 from jaxlm.peft.targets import Tuning, joined
 from jaxlm.shapes import Array, PyTree
 from jaxlm.trees import named_leaves
 
-Adapters = LoRA | Part
+Adapters = LoRA | IA3 | VeRA | LoHa | Part | Prefix | Prompt | PTuning | Bottleneck
 """What trains in place of the whole model."""
 
-METHODS = {LoRA: lora.tuning, Part: part.tuning}
+METHODS = {
+  LoRA: lora.tuning,
+  IA3: ia3.tuning,
+  VeRA: products.vera,
+  LoHa: products.loha,
+  Part: part.tuning,
+  Prefix: soft_prompt.tuning,
+  Prompt: soft_prompt.tuning,
+  PTuning: soft_prompt.tuning,
+  Bottleneck: bottleneck.tuning,
+}
 
 
 def build(spec: Adapters, also: tuple[str, ...], decoder: Decoder) -> Tuning:

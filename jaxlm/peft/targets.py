@@ -11,7 +11,7 @@ from jaxlm.models import decoder as decoders
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.parameters import Matrix, declared
 from jaxlm.ops.quantized import Quantized
-from jaxlm.ops.weights import Lora, whole
+from jaxlm.ops.weights import Lora, Scaled, whole
 from jaxlm.peft.filters import chosen
 from jaxlm.shapes import Array, PyTree
 from jaxlm.trees import map_named, named_leaves
@@ -61,8 +61,12 @@ class Targets(NamedTuple):
     return layers, matrix.axes[: matrix.inputs], matrix.axes[matrix.inputs :]
 
 
-def targets_of(wanted: tuple[str, ...], decoder: Decoder) -> Targets:
+def targets_of(
+  wanted: tuple[str, ...], decoder: Decoder, field: str = "adapters.targets"
+) -> Targets:
   """Returns the matrices of a model that presets or regexes name.
+
+  `field` is where the config says it, for messages.
 
   Raises:
     InputError: one of them names no matrix.
@@ -70,7 +74,7 @@ def targets_of(wanted: tuple[str, ...], decoder: Decoder) -> Targets:
   with declared() as found:
     shapes = jax.eval_shape(lambda key: decoders.init(decoder, key), jax.random.key(0))
   leaves = named_leaves(decoders.unbox(shapes))
-  names = chosen("adapters.targets", wanted, (n for n in leaves if n in found))
+  names = chosen(field, wanted, (n for n in leaves if n in found))
   return Targets(
     {n: found[n] for n in names}, {n: tuple(leaves[n].shape) for n in names}
   )
@@ -102,17 +106,26 @@ def joined(one: PyTree, other: PyTree) -> PyTree:
   return tree
 
 
+def is_stacked(name: str) -> bool:
+  """Says whether the first dim of a leaf of this name is layers."""
+  return name.startswith("layers/")
+
+
 def is_leaf(leaf: Any) -> bool:
   """Says whether this stands for one matrix and is no array."""
-  return isinstance(leaf, Lora | Quantized)
+  return isinstance(leaf, Lora | Quantized | Scaled)
 
 
 def merge(params: PyTree) -> PyTree:
-  """Returns new parameters, each leaf that is no array made one."""
+  """Returns new parameters, each leaf that is no array made one.
+
+  Raises:
+    InputError: rows have adapters of their own.
+  """
 
   def merged(name: str, leaf: Any) -> Array:
     if not is_leaf(leaf):
       return leaf
-    return jax.vmap(whole)(leaf) if name.startswith("layers/") else whole(leaf)
+    return jax.vmap(whole)(leaf) if is_stacked(name) else whole(leaf)
 
   return map_named(merged, params, is_leaf=is_leaf)

@@ -6,24 +6,31 @@ import time
 from typing import Any, Literal
 
 import jax
+import numpy as np
+from etils import epath
 
 from jaxlm import files
 from jaxlm.data.tokenizers import Tokenizer, notes
 from jaxlm.errors import InputError
+from jaxlm.interop import peft_read, peft_write
+from jaxlm.interop.adapted import adapted_of
 from jaxlm.interop.checkpoint import Exported, Kind, Opened, open_model
+from jaxlm.interop.peft_modules import Folder
 from jaxlm.interop.progress import bar
-from jaxlm.interop.registry import by_name
+from jaxlm.interop.registry import by_name, family_of
 from jaxlm.models import count
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.spec import Precision
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout, ShardingRules
+from jaxlm.trees import named_leaves
 
 ACCEPTED: dict[Kind, tuple[str, ...]] = {
   "jaxlm": ("float32", "bfloat16"),
   "hf": ("float32", "bfloat16", "float16"),
   "gguf": ("float32", "bfloat16", "float16", "q8_0"),
+  "peft": ("float32",),
 }
 
 
@@ -37,7 +44,8 @@ class Convert:
   """A folder or a .gguf file that does not exist yet."""
   form: Kind | None = None
   """What to write; None: gguf for a name that ends so, hf from a jaxlm source, else
-  jaxlm."""
+  jaxlm. peft writes the adapters of a run alone, for PEFT; the others write the merged
+  model."""
   dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
   """Of what is written; None: as in the source, float16 for gguf."""
   family: str | None = None
@@ -69,6 +77,8 @@ class Convert:
       model = dataclasses.replace(opened.model, context=self.context)
       opened = dataclasses.replace(opened, model=model)
     print(f"source: {opened.place} ({opened.kind}, {opened.stored})")
+    if form == "peft":
+      return self._adapters(opened, target)
     tokenizer = self._tokenizer(opened, form)
     family = by_name(self.family) if self.family else opened.family
     called = Exported(opened.model, family, None, tokenizer).check(form, dtype)
@@ -83,6 +93,33 @@ class Convert:
     report = self._report(open_model(target), params, form, dtype)
     report["family"] = called
     report["seconds"] = round(time.perf_counter() - began, 1)
+    print("\n".join(f"{name}: {value}" for name, value in report.items()))
+    return report
+
+  def _adapters(self, opened: Opened, target: epath.Path) -> dict[str, Any]:
+    adapted = adapted_of(opened.place) if opened.kind == "jaxlm" else None
+    if adapted is None:
+      raise InputError(f"source: {self.source} is no run that trained adapters.")
+    family = by_name(self.family) if self.family else opened.family
+    family = family or family_of(opened.model)
+    precision = Precision(params=opened.dtype)
+    layout = Layout(make_mesh(self.mesh), self.sharding)
+    decoder = Decoder(opened.model, precision, layout)
+    spec, trained = adapted.plain(decoder)
+    folder = Folder(spec, trained, files.absolute(adapted.run.initial).as_posix())
+    peft_write.write(target, folder, decoder, family)
+    back = named_leaves(peft_read.read(target, decoder, family).trained)
+    ours = named_leaves(trained)
+    report = {
+      "target": f"{target} (peft, {type(spec).__name__})",
+      "base": folder.base,
+      "leaves": len(ours),
+      "parameters": f"{sum(leaf.size for leaf in ours.values()):,}",
+      "largest difference after a round trip": max(
+        float(np.abs(np.asarray(leaf) - back[name]).max())
+        for name, leaf in ours.items()
+      ),
+    }
     print("\n".join(f"{name}: {value}" for name, value in report.items()))
     return report
 

@@ -15,6 +15,7 @@ from jaxlm.peft.lora import LoRA
 from jaxlm.peft.targets import merge
 from jaxlm.quantization.formats import NF4
 from jaxlm.runs import plan
+from jaxlm.runs.convert import Convert
 from jaxlm.training.metrics import TIMES
 from jaxlm.trees import named_leaves
 from runs import hooks, tiny_pairs
@@ -237,3 +238,19 @@ def test_refused_before_training(adapt, tmp_path):
     adapt(quantized=NF4()).run(tmp_path / "w")
   with pytest.raises(InputError, match=r"quantized: NF4.* on this mesh"):
     adapt("mesh.tensor=1", "mesh.fsdp=8", quantized=NF4(block=8)).run(tmp_path / "w")
+
+
+def test_a_run_s_adapters_go_to_peft_and_back(whole, tmp_path):
+  """Alone, and merged into a model's own folder."""
+  source = str(whole.workdir)
+  told = Convert(
+    source=source, target=str(tmp_path / "peft"), form="peft", context=64
+  ).run()
+  assert told["largest difference after a round trip"] == 0.0
+  assert told["leaves"] == 14
+  merged = tmp_path / "merged"
+  Convert(source=source, target=str(merged), form="jaxlm", tokenizer="without").run()
+  read, wanted = (open_model(p).params(whole.decoder) for p in (merged, whole.workdir))
+  jax.tree.map(np.testing.assert_array_equal, read, wanted)
+  with pytest.raises(InputError, match="is no run that trained adapters"):
+    Convert(source=str(merged), target=str(tmp_path / "x"), form="peft").run()

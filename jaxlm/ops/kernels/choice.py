@@ -7,8 +7,16 @@ takes the fastest that can do the work and gives its reason, which the run print
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxlm.errors import InputError
-from jaxlm.ops.attention import Scoring, attend, attend_blocks
+from jaxlm.ops.attention import (
+  Prefix,
+  Scoring,
+  attend,
+  attend_blocks,
+  attend_prefixed,
+)
 from jaxlm.ops.kernels.cudnn import attend_cudnn
 from jaxlm.ops.kernels.splash import attend_splash
 from jaxlm.ops.masks import attention_mask
@@ -37,6 +45,8 @@ class Work(NamedTuple):
   """Positions of a sequence."""
   dtype: str
   """Of queries, keys and values."""
+  prefix: int = 0
+  """Keys in front that all rows and segments see."""
 
 
 class Chosen(NamedTuple):
@@ -78,6 +88,8 @@ def _splash(work: Work, layout: Layout) -> str | None:
     return f"it runs on TPU, and the devices are {_platform(layout)}"
   if work.scoring.slopes is not None:
     return "it has no ALiBi"
+  if work.prefix:
+    return f"no prefix of {work.prefix} keys can stand before all its segments"
   if work.length % 128:
     return f"a sequence of {work.length} is no multiple of 128"
   if work.head_dim % 64:
@@ -92,6 +104,8 @@ def _cudnn(work: Work, layout: Layout) -> str | None:
     return "its ALiBi has other slopes"
   if work.scoring.softcap is not None:
     return "it has no softcap on scores"
+  if work.prefix:
+    return f"no prefix of {work.prefix} keys can stand before all its segments"
   if work.dtype != "bfloat16":
     return f"it computes in bfloat16, and precision.compute is {work.dtype}"
   if work.head_dim % 8 or work.head_dim > 128:
@@ -144,6 +158,7 @@ def attend_sequences(
   layout: Layout,
   qkv: tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]],
   places: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+  prefix: Prefix | None = None,
 ) -> Float[Array, "B T H K"]:
   """Causal attention of sequences over themselves by the kernel of `choose`.
 
@@ -157,14 +172,39 @@ def attend_sequences(
     case "cudnn":
       return attend_cudnn(work.scoring, layout, qkv, segments_BT)
     case "blocks":
-      return attend_blocks(work.scoring, *qkv, positions_BT, segments_BT)
+      if prefix is None:
+        return attend_blocks(work.scoring, *qkv, positions_BT, segments_BT)
+      return attend_prefixed(work.scoring, qkv, places, prefix)
     case "reference":
-      mask_BTS = attention_mask(
-        positions_BT,
-        positions_BT,
-        window=work.scoring.window,
-        segments_BT=segments_BT,
-        key_segments_BS=segments_BT,
+      return _whole(work.scoring, qkv, places, prefix)
+
+
+def _whole(
+  scoring: Scoring,
+  qkv: tuple[Array, Array, Array],
+  places: tuple[Array, Array],
+  prefix: Prefix | None,
+) -> Array:
+  """Returns attention with all its scores at once."""
+  (q_BTHK, k_BSGK, v_BSGK), (positions_BT, segments_BT) = qkv, places
+  mask_BTS = attention_mask(
+    positions_BT,
+    positions_BT,
+    window=scoring.window,
+    segments_BT=segments_BT,
+    key_segments_BS=segments_BT,
+  )
+  keys_BS = positions_BT
+  if prefix is not None:
+    ahead_BS = prefix.positions(len(q_BTHK))
+    seen_BTS = attention_mask(positions_BT, ahead_BS, window=scoring.window)
+    mask_BTS = jnp.concatenate((seen_BTS, mask_BTS), 2)
+    keys_BS = jnp.concatenate((ahead_BS, keys_BS), 1)
+    k_BSGK, v_BSGK = (
+      jnp.concatenate(pair, 1)
+      for pair in zip(
+        prefix.rows(len(q_BTHK), k_BSGK.dtype), (k_BSGK, v_BSGK), strict=True
       )
-      distance_BTS = positions_BT[:, :, None] - positions_BT[:, None]
-      return attend(work.scoring, *qkv, mask_BTS, distance_BTS)
+    )
+  distance_BTS = positions_BT[:, :, None] - keys_BS[:, None]
+  return attend(scoring, q_BTHK, k_BSGK, v_BSGK, mask_BTS, distance_BTS)
