@@ -18,7 +18,7 @@ from jaxlm.models.decoder import Decoder, head_weight
 from jaxlm.ops.weights import Blocked
 from jaxlm.shapes import PyTree
 from jaxlm.training.state import axes_of
-from jaxlm.trees import map_named
+from jaxlm.trees import map_named, named_leaves
 
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 """Names of the matrices that a step multiplies with, and how many dims it sums over."""
@@ -66,7 +66,10 @@ def unroll(
   over = None
   if decoder.layout.mesh.size > 1:
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    over = jax.tree.map(
-      lambda axes: decoder.layout.sharding(*axes), axes_of(other), is_leaf=is_axes
+    known = named_leaves(axes_of(other), is_axes)
+    # What adapters put beside the model's own is small, and whole on each device.
+    over = map_named(
+      lambda name, _: decoder.layout.sharding(*known.get(name, ())),
+      jax.eval_shape(convert, params),
     )
   return other, jax.jit(convert, out_shardings=over)(params)

@@ -4,17 +4,22 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from jaxlm.errors import InputError
 from jaxlm.interop import own
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import Decoder, logits
 from jaxlm.peft.base import Base, base_of
 from jaxlm.peft.methods import Adapters
 from jaxlm.peft.targets import merge
-from jaxlm.shapes import PyTree
+from jaxlm.shapes import Array, PyTree
 from jaxlm.training import checkpoints
 from jaxlm.training.fingerprint import weights_hash
+
+
+PROBE = 64
+"""Tokens of a row on which a merged model is compared with its adapters."""
 
 
 class Adapted:
@@ -72,14 +77,38 @@ class Adapted:
         f"those of initial={run.initial} are {found}. Bring the first ones back."
       )
     base, trained = self.base(decoder), self.trained(decoder)
-    if run.quantized is not None:
-      print(f"{self.place}: merged into the weights as {run.quantized} has them")
+    attached = base.tuning.attach(base.freeze(weights), trained, None)
 
-    def together(frozen: PyTree, trained: PyTree) -> PyTree:
-      params = merge(base.tuning.attach(frozen, trained, None))
+    def together(attached: PyTree) -> PyTree:
+      params = merge(attached)
       return jax.tree.map(lambda x: x.astype(decoder.precision.params), params)
 
-    return jax.jit(together)(base.freeze(weights), trained)
+    params = jax.jit(together)(attached)
+    if run.quantized is not None:
+      apart, largest = _logits_apart(decoder, attached, params)
+      print(
+        f"{self.place}: merged into the weights as {run.quantized} has them, in "
+        f"{decoder.precision.params}; on drawn tokens the largest difference of a logit "
+        f"is {apart:.2g}, of {largest:.3g}"
+      )
+    return params
+
+
+def _logits_apart(decoder: Decoder, one: PyTree, other: PyTree) -> tuple[float, float]:
+  """Returns the largest difference of logits, and the largest logit."""
+  layout, model = decoder.layout, decoder.spec
+  rows, length = layout.size("batch"), PROBE // layout.size("sequence")
+  shape = (rows, min(length, model.context or length) * layout.size("sequence"))
+  ids_BT = jax.random.randint(jax.random.key(0), shape, 0, model.vocab)
+  ids_BT = jax.device_put(ids_BT, layout.sharding("batch", "sequence"))
+
+  @jax.jit
+  def outputs(params: PyTree) -> Array:
+    x_BTD, _ = decoder.apply({"params": params}, ids_BT)
+    return x_BTD if model.scores is not None else logits(model, params, x_BTD)
+
+  found, wanted = outputs(other), outputs(one)
+  return float(jnp.abs(found - wanted).max()), float(jnp.abs(wanted).max())
 
 
 def adapted_of(folder: epath.Path) -> Adapted | None:

@@ -9,6 +9,7 @@ from jaxlm.errors import InputError
 from jaxlm.models import decoder as decoders
 from jaxlm.models.decoder import Decoder
 from jaxlm.peft import methods, quantized
+from jaxlm.peft.soft_prompt import Prefix, Prompt, PTuning
 from jaxlm.peft.targets import Tuning
 from jaxlm.quantization.formats import Format
 from jaxlm.shapes import PyTree
@@ -27,6 +28,8 @@ class Base(NamedTuple):
   """Of what stays beside it, each with its sharding."""
   freeze: Callable[[PyTree], PyTree]
   """Makes it of the whole model's parameters, whose buffers it takes."""
+  prefix: int
+  """Virtual tokens that every token sees."""
 
 
 def base_of(
@@ -69,6 +72,7 @@ def base_of(
     _placed(trained, _shardings(layout, tuning.axes)),
     _placed(kept, shardings),
     freeze,
+    spec.length if isinstance(spec, Prefix | Prompt | PTuning) else 0,
   )
 
 

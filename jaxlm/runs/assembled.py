@@ -64,7 +64,6 @@ def assemble(run: "Train", layout: Layout) -> Assembled:
       the teacher does not fit.
   """
   decoder = Decoder(run.model, run.precision, layout, run.remat, run.attention)
-  _check_kept(decoder, run.data.seq_len)
   base, trained, axes = None, None, axes_of(decoder)
   if run.adapters is not None:
     base = base_of(run.adapters, run.also, run.quantized, decoder)
@@ -72,6 +71,7 @@ def assemble(run: "Train", layout: Layout) -> Assembled:
     trained = Trained(
       axes, lambda key, params: tuning.init(params, key), (base.shapes, base.frozen)
     )
+  _check_kept(decoder, run.data.seq_len, 0 if base is None else base.prefix)
   optimizer = optimizers.build(run.optimizer, run.steps, axes)
   plan, first_state = create(
     decoder,
@@ -102,12 +102,12 @@ def assemble(run: "Train", layout: Layout) -> Assembled:
   )
 
 
-def _check_kept(decoder: Decoder, seq_len: int) -> None:
+def _check_kept(decoder: Decoder, seq_len: int, prefix: int) -> None:
   """Raises InputError where a table keeps what an attention kernel does not name."""
   if not isinstance(decoder.remat, Keep) or decoder.remat.attention == "recompute":
     return
   for mixer in dict.fromkeys(block.mixer for block in decoder.spec.blocks):
-    work = work_of(mixer, seq_len, decoder.precision.compute)
+    work = work_of(mixer, seq_len, decoder.precision.compute, prefix)
     kernel = choose(decoder.attention, work, decoder.layout).kernel
     if kernel not in NAMING:
       raise InputError(

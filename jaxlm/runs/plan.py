@@ -142,6 +142,7 @@ def report(ready: Prepared) -> Report:
   )
   tokens = run.data.batch * run.data.seq_len
   beside = run.adapters is not None
+  prefix = 0 if parts.base is None else parts.base.prefix
   whole = count.training_flops(run.model, run.data.seq_len, frozen=beside)
   flops = count.Flops(*(f * tokens / layout.mesh.size for f in whole))
   found = Report(
@@ -153,7 +154,7 @@ def report(ready: Prepared) -> Report:
     summary.describe_model(run.model, run.data.seq_len, run.data.batch, frozen=beside),
     *_tuning(run, parts),
     summary.describe_layout(layout, parts.plan),
-    summary.describe_attention(parts.decoder, run.data.seq_len)
+    summary.describe_attention(parts.decoder, run.data.seq_len, prefix)
     + f"\nremat: {run.remat}; micro-batches: {run.accumulate}",
     xla.describe(options),
     told,

@@ -126,11 +126,14 @@ def describe_rules(optimizer: Optimizer, params: PyTree) -> str:
   return "\n".join(lines)
 
 
-def describe_attention(decoder: Decoder, seq_len: int) -> str:
-  """Returns which kernel each kind of mixer gets, and why."""
+def describe_attention(decoder: Decoder, seq_len: int, prefix: int = 0) -> str:
+  """Returns which kernel each kind of mixer gets, and why.
+
+  `prefix` counts the virtual tokens that every token sees.
+  """
   lines = []
   for mixer in dict.fromkeys(block.mixer for block in decoder.spec.blocks):
-    work = work_of(mixer, seq_len, decoder.precision.compute)
+    work = work_of(mixer, seq_len, decoder.precision.compute, prefix)
     chosen = choose(decoder.attention, work, decoder.layout)
     kind = "" if mixer.window is None else f" with a window of {mixer.window}"
     lines.append(f"attention{kind}: {chosen.kernel} ({chosen.reason})")

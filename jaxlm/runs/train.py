@@ -236,11 +236,12 @@ class Train:
   def _described(self, parts: Assembled) -> str:
     """Returns what was chosen, before anything is computed."""
     decoder, plan, layout = parts.decoder, parts.plan, parts.decoder.layout
+    prefix = 0 if parts.base is None else parts.base.prefix
     lines = [
       summary.describe_layout(layout, plan),
       summary.describe_parameters(layout, plan),
       summary.describe_rules(self.optimizer, plan.shapes.params),
-      summary.describe_attention(decoder, self.data.seq_len),
+      summary.describe_attention(decoder, self.data.seq_len, prefix),
       f"remat: {self.remat}; parameters {self.precision.params}, computation "
       f"{self.precision.compute}; optimizer state on the {self.moments.memory}",
     ]

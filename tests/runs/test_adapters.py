@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -179,7 +180,10 @@ def test_quantized(adapt, tmp_path, capsys):
   same_arrays(last(tmp_path / "a"), last(tmp_path / "b"))
   capsys.readouterr()
   read = open_model(tmp_path / "a").params(result.decoder)
-  assert "merged into the weights as NF4" in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert "merged into the weights as NF4" in told
+  (apart,) = re.findall(r"difference of a logit is ([\d.e-]+), of", told)
+  assert float(apart) < 1e-4
   for name, leaf in named_leaves(merge(result.params)).items():
     np.testing.assert_allclose(
       named_leaves(read)[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name
