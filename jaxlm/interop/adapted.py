@@ -17,7 +17,6 @@ from jaxlm.shapes import Array, PyTree
 from jaxlm.training import checkpoints
 from jaxlm.training.fingerprint import weights_hash
 
-
 PROBE = 64
 """Tokens of a row on which a merged model is compared with its adapters."""
 
@@ -88,8 +87,8 @@ class Adapted:
       apart, largest = _logits_apart(decoder, attached, params)
       print(
         f"{self.place}: merged into the weights as {run.quantized} has them, in "
-        f"{decoder.precision.params}; on drawn tokens the largest difference of a logit "
-        f"is {apart:.2g}, of {largest:.3g}"
+        f"{decoder.precision.params}; on drawn tokens the largest difference of a "
+        f"logit is {apart:.2g}, of {largest:.3g}"
       )
     return params
 
