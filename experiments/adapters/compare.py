@@ -10,6 +10,7 @@ training to the end, each makes a few steps and tells the median seconds of one.
 
 import json
 import pathlib
+import re
 import resource
 import statistics
 import subprocess
@@ -58,6 +59,18 @@ def one(method: str, folder: str, model: str, *, timed: bool) -> None:
   print("ROW " + json.dumps(row))
 
 
+def told(log: pathlib.Path) -> dict:
+  """Returns the row of a log, with what it says of the parameters that train."""
+  text = log.read_text()
+  (row,) = [line[4:] for line in text.splitlines() if line[:4] == "ROW "]
+  found = re.search(r"trains ([\d,]+) parameters .*\(([\d.]+)% of", text)
+  whole = re.search(r"^model: ([\d,]+) parameters", text, re.MULTILINE)
+  assert whole is not None
+  count, share = (whole[1], "100") if found is None else found.groups()
+  trained = {"trained": int(count.replace(",", "")), "share": float(share)}
+  return json.loads(row) | trained
+
+
 def main(words: list[str]) -> None:
   timed = "--time" in words
   folder, *methods = [word for word in words if word != "--time"]
@@ -69,12 +82,12 @@ def main(words: list[str]) -> None:
     with log.open("w") as file:
       flags = ["--time"] if timed else []
       done = subprocess.run(command + flags, stdout=file, stderr=file, check=False)
-    rows = [line[4:] for line in log.read_text().splitlines() if line[:4] == "ROW "]
-    if done.returncode or not rows:
+    if done.returncode:
       sys.exit(f"{method}: see {log}")
-    print(rows[0], flush=True)
+    row = json.dumps(told(log))
+    print(row, flush=True)
     with (HERE / "results.jsonl").open("a") as file:
-      file.write(rows[0] + "\n")
+      file.write(row + "\n")
 
 
 if sys.argv[1] == "--one":

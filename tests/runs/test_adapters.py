@@ -13,10 +13,13 @@ from jaxlm.interop.checkpoint import open_model
 from jaxlm.models.decoder import logits
 from jaxlm.ops.weights import Lora
 from jaxlm.peft.lora import LoRA
+from jaxlm.peft.soft_prompt import Prompt
 from jaxlm.peft.targets import merge
+from jaxlm.posttrain.objectives import Reward
 from jaxlm.quantization.formats import NF4
 from jaxlm.runs import plan
 from jaxlm.runs.convert import Convert
+from jaxlm.runs.samples import Samples
 from jaxlm.training.metrics import TIMES
 from jaxlm.trees import named_leaves
 from runs import hooks, tiny_pairs
@@ -127,7 +130,10 @@ def test_resume_is_exact_to_the_bit(adapt, whole, tmp_path):
 
 @pytest.mark.parametrize(
   "words",
-  [("mesh.fsdp=1", "mesh.data=8"), ("mesh.fsdp=4", "mesh.tensor=2", "accumulate=2")],
+  [
+    ("mesh.fsdp=1", "mesh.data=8", "moments.memory=host"),
+    ("mesh.fsdp=4", "mesh.tensor=2", "accumulate=2"),
+  ],
 )
 def test_meshes_and_micro_batches_change_nothing(words, adapt, whole, tmp_path):
   many = adapt("steps=3", *words).run(tmp_path / "w")
@@ -195,13 +201,57 @@ def test_quantized(adapt, tmp_path, capsys):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
 
 
-def test_references_are_the_base_s_and_cost_nothing(tmp_path_factory, tiny, base):
-  """DPO beside a frozen base: its own log-probabilities, and no second model."""
-  folder = tmp_path_factory.mktemp("dpo")
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+  """The path of forty pairs."""
+  file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
   rows = [{"prompt": f"{i}", "chosen": "yes" * 9, "rejected": "no"} for i in range(40)]
-  (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(file)
+
+
+def test_a_reward_model_s_new_head_trains_too(pairs, tiny, base, tmp_path):
   run = dataclasses.replace(
-    tiny_pairs.get_config(pairs=str(folder / "pairs.jsonl")),
+    tiny_pairs.get_config(pairs=pairs),
+    model=dataclasses.replace(tiny().model, scores=1),
+    objective=Reward(),
+    initial=str(base),
+    adapters=SMALL,
+    also=("^score$",),
+  )
+  result = run.run(tmp_path / "w")
+  assert losses(result)[-1]["loss"] < losses(result)[0]["loss"]
+  read = named_leaves(open_model(tmp_path / "w").params(result.decoder))
+  wanted = named_leaves(merge(result.params))
+  assert read.keys() == wanted.keys()
+  for name, leaf in wanted.items():
+    np.testing.assert_allclose(read[name], leaf, atol=1e-6, err_msg=name)
+  drawn = dataclasses.replace(run, steps=1, evaluate_every=1).run(tmp_path / "v")
+  assert not np.array_equal(drawn.params["score"], result.params["score"])
+  with pytest.raises(InputError, match="also: layers/0/mixer/q has adapters"):
+    dataclasses.replace(run, also=("mixer/q$",)).run(tmp_path / "x")
+
+
+def test_a_soft_prompt_in_the_loop(adapt, tmp_path):
+  """Learns, is sampled, and its workdir opens with it."""
+  samples = Samples(prompts=("ROMEO",), tokens=8)
+  run = adapt("ema=none", adapters=Prompt(length=4), samples=samples)
+  result = run.run(tmp_path / "w")
+  start, *_, end = held_out(result)
+  assert end < start
+  assert "ROMEO" in (tmp_path / "w" / "samples.txt").read_text()
+  read = open_model(tmp_path / "w").params(result.decoder)
+  wanted = named_leaves(result.params)
+  assert "layers/0/mixer/prefix_k" in wanted
+  for name, leaf in named_leaves(read).items():
+    np.testing.assert_allclose(leaf, wanted[name], atol=1e-6, err_msg=name)
+
+
+def test_references_are_the_base_s_and_cost_nothing(pairs, tmp_path, tiny, base):
+  """DPO beside a frozen base: its own log-probabilities, and no second model."""
+  folder = tmp_path
+  run = dataclasses.replace(
+    tiny_pairs.get_config(pairs=pairs),
     model=tiny().model,
     initial=str(base),
   )
