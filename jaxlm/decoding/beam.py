@@ -27,7 +27,7 @@ from jaxlm.decoding.prefill import (
 )
 from jaxlm.decoding.sampling import Sampling
 from jaxlm.errors import InputError
-from jaxlm.models.decoder import Decoder, logits
+from jaxlm.models.decoder import Decoder, logits, prefix_of
 from jaxlm.shapes import Array, Float, Int, PyTree
 
 
@@ -130,7 +130,7 @@ def beam_search(
     InputError: naming the prompt, the field or the bound that is wrong.
   """
   chosen = Options(**options)
-  _check(decoder, prompts, beam, chosen)
+  _check(decoder, prompts, beam, chosen, prefix_of(params))
   B = whole(bucket(len(prompts)), decoder.layout.size("batch"))
   rows = [*prompts, *[prompts[0]] * (B - len(prompts))]
   longest = max(map(len, rows)) + chosen.tokens - 1
@@ -154,9 +154,14 @@ def beam_search(
 
 
 def _check(
-  decoder: Decoder, prompts: Sequence[Sequence[int]], beam: Beam, options: Options
+  decoder: Decoder,
+  prompts: Sequence[Sequence[int]],
+  beam: Beam,
+  options: Options,
+  before: int,
 ) -> None:
-  check(decoder.spec, prompts, tokens=options.tokens, chunk=options.chunk)
+  tokens, chunk = options.tokens, options.chunk
+  check(decoder.spec, prompts, tokens=tokens, chunk=chunk, before=before)
   vocab, stops = decoder.spec.vocab, len(set(options.stops))
   # Each beam needs a token of its own to begin with, and none that ends it.
   if beam.width > vocab - stops:

@@ -29,7 +29,7 @@ from jaxlm.decoding.prefill import (
 )
 from jaxlm.decoding.sampling import Controls, Sampling, controls
 from jaxlm.errors import InputError
-from jaxlm.models.decoder import Decoder, logits
+from jaxlm.models.decoder import Decoder, logits, prefix_of
 from jaxlm.shapes import Array, Int, PyTree
 
 
@@ -138,7 +138,7 @@ class Generation:
     """Reads the prompts; arguments and errors are those of `generate`."""
     rows = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
     shared = () if prefix is None else prefix.ids
-    _check(decoder, prompts, rows, options, len(shared))
+    _check(decoder, prompts, rows, options, len(shared) + prefix_of(params))
     self._decoder, self._options, self._rows = decoder, options, len(prompts)
     self.prompts, self.samplings = prompts, rows
     """As they were given; of samplings one for each row."""

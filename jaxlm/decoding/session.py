@@ -15,7 +15,7 @@ from jaxlm.decoding.prefill import bucket, check, make_cache, prefill
 from jaxlm.decoding.sampling import Sampling, controls
 from jaxlm.errors import InputError
 from jaxlm.models import spec
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import Decoder, prefix_of
 from jaxlm.shapes import PyTree
 
 CHUNK = 4
@@ -34,13 +34,14 @@ class Session:
       InputError: the model is made for fewer positions, or has learned fewer.
     """
     positions, context = decoder.spec.positions, decoder.spec.context
-    if context is not None and length > context:
+    needed = length + prefix_of(params)
+    if context is not None and needed > context:
       raise InputError(
-        f"length: {length} positions, and the model is made for {context}."
+        f"length: {needed} positions, and the model is made for {context}."
       )
-    if isinstance(positions, spec.Learned) and length > positions.length:
+    if isinstance(positions, spec.Learned) and needed > positions.length:
       raise InputError(
-        f"length: {length} positions, and the model has learned {positions.length}."
+        f"length: {needed} positions, and the model has learned {positions.length}."
       )
     self._decoder, self._params, self.length = decoder, params, length
     self._rows = decoder.layout.size("batch")

@@ -39,7 +39,7 @@ from jaxlm.decoding.prefill import (
 from jaxlm.decoding.proposers import Proposal, Proposer, Rows, Use, draw, keys
 from jaxlm.decoding.sampling import Controls, Sampling, controls
 from jaxlm.errors import InputError
-from jaxlm.models.decoder import Decoder, logits
+from jaxlm.models.decoder import Decoder, logits, prefix_of
 from jaxlm.shapes import Array, Bool, Float, PyTree
 
 
@@ -117,7 +117,7 @@ def speculate(
   """
   chosen = Options(**options)
   wanted = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-  _check(decoder, prompts, wanted, chosen)
+  _check(decoder, prompts, wanted, chosen, prefix_of(params))
   B = whole(bucket(len(prompts)), decoder.layout.size("batch"))
   # Added rows repeat the first, so that no program is compiled for their sake.
   texts = [*prompts, *[prompts[0]] * (B - len(prompts))]
@@ -145,8 +145,10 @@ def _check(
   prompts: Sequence[Sequence[int]],
   rows: Sequence[Sampling],
   options: Options,
+  before: int,
 ) -> None:
-  check(decoder.spec, prompts, tokens=options.tokens, chunk=options.chunk)
+  tokens, chunk = options.tokens, options.chunk
+  check(decoder.spec, prompts, tokens=tokens, chunk=chunk, before=before)
   if len(rows) != len(prompts):
     raise InputError(
       f"sampling: {len(rows)} for {len(prompts)} prompts; give one for all, or as many."

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import xxhash
 from etils import epath
 
+from jaxlm import files
 from jaxlm.errors import InputError
 from jaxlm.interop import own
 from jaxlm.models.decoder import Decoder, logits
@@ -15,7 +17,6 @@ from jaxlm.peft.methods import Adapters
 from jaxlm.peft.targets import merge
 from jaxlm.shapes import Array, PyTree
 from jaxlm.training import checkpoints
-from jaxlm.training.fingerprint import weights_hash
 
 PROBE = 64
 """Tokens of a row on which a merged model is compared with its adapters."""
@@ -27,6 +28,19 @@ class Adapted:
   def __init__(self, place: epath.Path, run: Any):
     """`place` is a checkpoint's folder and `run` its config."""
     self.place, self.run = place, run
+    self.told = json.loads((place / "data.json").read_text())
+
+  @property
+  def initial(self) -> epath.Path:
+    """Where the run's first weights are: as its config says, or as it found them."""
+    given = files.path(self.run.initial)
+    return given if given.exists() else epath.Path(self.told["initial"])
+
+  @property
+  def identity(self) -> str:
+    """A hash of the checkpoint, and by it of its base."""
+    manifest = self.place / checkpoints.MANIFEST
+    return xxhash.xxh3_128(manifest.read_bytes()).hexdigest()
 
   def base(self, decoder: Decoder) -> Base:
     """Returns what trained, and beside what."""
@@ -57,26 +71,25 @@ class Adapted:
       )
     return spec, self.trained(decoder)
 
-  def merged(self, decoder: Decoder, weights: PyTree) -> PyTree:
+  def merged(self, decoder: Decoder, weights: PyTree, identity: str) -> PyTree:
     """Returns arrays alone, in the decoder's dtype.
 
     Args:
       decoder: of the model.
       weights: those that the run started from, in its dtype; their buffers are taken.
+      identity: of them.
 
     Raises:
       InputError: they are not those.
     """
-    run = self.run
-    found = weights_hash(decoder.layout, weights)
-    known = json.loads((self.place / "data.json").read_text())["base"]
-    if found != known:
+    run, known = self.run, self.told["base"]
+    if identity != known:
       raise InputError(
         f"{self.place}: its adapters were trained beside the weights {known}, and "
-        f"those of initial={run.initial} are {found}. Bring the first ones back."
+        f"those of initial={run.initial} are {identity}. Bring the first ones back."
       )
     base, trained = self.base(decoder), self.trained(decoder)
-    attached = base.tuning.attach(base.freeze(weights), trained, None)
+    attached = base.attached(base.freeze(weights), trained)
 
     def together(attached: PyTree) -> PyTree:
       params = merge(attached)
@@ -102,11 +115,11 @@ def _logits_apart(decoder: Decoder, one: PyTree, other: PyTree) -> tuple[float, 
   ids_BT = jax.device_put(ids_BT, layout.sharding("batch", "sequence"))
 
   @jax.jit
-  def outputs(params: PyTree) -> Array:
+  def outputs(params: PyTree, ids_BT: Array) -> Array:
     x_BTD, _ = decoder.apply({"params": params}, ids_BT)
     return x_BTD if model.scores is not None else logits(model, params, x_BTD)
 
-  found, wanted = outputs(other), outputs(one)
+  found, wanted = outputs(other, ids_BT), outputs(one, ids_BT)
   return float(jnp.abs(found - wanted).max()), float(jnp.abs(wanted).max())
 
 

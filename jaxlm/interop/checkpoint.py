@@ -34,6 +34,8 @@ from jaxlm.models.spec import LM
 from jaxlm.peft import methods
 from jaxlm.peft.targets import merge
 from jaxlm.shapes import PyTree
+from jaxlm.sharding.rules import Layout
+from jaxlm.training.fingerprint import weights_hash
 
 Kind = Literal["jaxlm", "hf", "gguf", "peft"]
 Tell = Callable[[int], Any]
@@ -93,14 +95,31 @@ class Opened:
       merged = merge(attach(weights, trained, None))
       return jax.tree.map(lambda x: x.astype(decoder.precision.params), merged)
 
-    return jax.jit(together, donate_argnums=0)(weights, found.trained)
+    return jax.jit(together)(weights, found.trained)
 
   def _adapted(self, adapted: Adapted, decoder: Decoder, tell: Tell) -> PyTree:
     run = adapted.run
     precision = dataclasses.replace(decoder.precision, params=run.precision.params)
-    first = open_model(run.initial, "initial")
+    where = f"initial, in {self.place / 'config.json'}"
+    first = open_model(adapted.initial, where)
     weights = first.started(decoder.clone(precision=precision), run.seed, tell)
-    return adapted.merged(decoder, weights)
+    identity = first.identity(decoder.layout, weights)
+    return adapted.merged(decoder, weights, identity)
+
+  def identity(self, layout: Layout, weights: PyTree) -> str:
+    """Returns a hash of what was read as these weights.
+
+    Of a model that was put together, it is of its parts: sums and products round
+    otherwise on another mesh. A head that was drawn does not count.
+    """
+    adapted = adapted_of(self.place) if self.kind == "jaxlm" else None
+    if adapted is not None:
+      return adapted.identity
+    if self.base is not None:
+      return peft_read.identity(self.place, self.base.place)
+    if self.model.scores is None:
+      weights = {name: leaf for name, leaf in weights.items() if name != "score"}
+    return weights_hash(layout, weights)
 
   def started(self, decoder: Decoder, seed: int, tell: Tell = _nothing) -> PyTree:
     """Returns the weights, for a model that may differ in what has no parameters.
@@ -112,7 +131,9 @@ class Opened:
     """
     model = decoder.spec
     if model.scores == self.model.scores:
-      return dataclasses.replace(self, model=model).params(decoder, tell)
+      params = dataclasses.replace(self, model=model).params(decoder, tell)
+      check_declared(params, decoder, str(self.place))
+      return params
     if self.model.scores is not None or model.scores is None:
       raise InputError(
         f"{self.place} has {self.model.scores} scores and the model {model.scores}. A "
@@ -120,6 +141,7 @@ class Opened:
       )
     plain = decoder.clone(spec=dataclasses.replace(model, scores=None))
     params = dataclasses.replace(self, model=plain.spec).params(plain, tell)
+    check_declared(params, plain, str(self.place))
     params.pop("head", None)
     shape = (model.dim, model.scores)
 
@@ -189,6 +211,7 @@ def open_model(place: files.Pathlike, field: str = "model") -> Opened:
       raise InputError(f"{field}: {found} is one file of a folder; give the folder.")
     return _open_gguf(found)
   if own.is_one(found):
+    found = files.absolute(found)  # which Orbax asks for
     told = own.describe(found)
     family = None if told.family is None else by_name(told.family)
     return Opened(found, "jaxlm", family, told.model, told.dtype, None, told.dtype)
@@ -204,9 +227,22 @@ def open_model(place: files.Pathlike, field: str = "model") -> Opened:
   return Opened(found, "hf", family, model, dtype, source, ", ".join(kinds))
 
 
+def check_declared(params: PyTree, decoder: Decoder, place: str) -> None:
+  """Raises InputError where parameters hold more than the architecture has."""
+  known = stream.shapes_of(stream.Plan.of(decoder).shapes)
+  more = [name for name in stream.shapes_of(params) if name not in known]
+  if more:
+    raise InputError(
+      f"{place}: holds {more[0]}, which is no part of the architecture but of a soft "
+      "prompt or a bottleneck. It writes text and is compared, but no run starts from "
+      "it, and no folder of a model has a place for it."
+    )
+
+
 def _open_adapters(folder: epath.Path, field: str) -> Opened:
   named = peft_read.base_of(folder)
-  places = [place for place in (folder / named, files.path(named)) if place.exists()]
+  tried = (folder / named, files.path(named)) if named.strip("./") else ()
+  places = [place for place in tried if place.exists()]
   if not places:
     raise InputError(
       f"{field}: {folder / peft_read.CONFIG}: base_model_name_or_path={named!r} is no "
@@ -215,8 +251,7 @@ def _open_adapters(folder: epath.Path, field: str) -> Opened:
   base = open_model(places[0], field)
   if base.family is None:
     raise InputError(f"{field}: {places[0]}: has no family, so no names as PEFT's.")
-  kind = json.loads((folder / peft_read.CONFIG).read_text()).get("peft_type")
-  told = f"{kind} beside {base.place}, {base.stored}"
+  told = f"{peft_read.kind_of(folder)} beside {base.place}, {base.stored}"
   return dataclasses.replace(base, place=folder, kind="peft", stored=told, base=base)
 
 

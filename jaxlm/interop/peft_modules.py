@@ -64,7 +64,21 @@ class Module(NamedTuple):
     return f"{ROOT}{self.name}.{SUFFIX[part]}"
 
   def read(self, part: str, array: np.ndarray) -> np.ndarray:
-    """Returns an array of theirs as ours."""
+    """Returns an array of theirs as ours.
+
+    Raises:
+      InputError: it has not the matrix's dims.
+    """
+    theirs = self.pattern(part).split(" -> ")[0]
+    try:
+      return self._turned(part, array)
+    except einops.EinopsError as error:
+      raise InputError(
+        f"{self.tensor(part)}: of shape {array.shape}, where the model has {theirs} "
+        f"with {self.sizes}. Is it for another model?"
+      ) from error
+
+  def _turned(self, part: str, array: np.ndarray) -> np.ndarray:
     return einops.rearrange(array, self.pattern(part), **self._known(part))
 
   def written(self, part: str, array: np.ndarray) -> np.ndarray:

@@ -7,7 +7,9 @@ from typing import Any
 
 import einops
 import numpy as np
+import xxhash
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxlm.errors import InputError
@@ -35,12 +37,26 @@ from jaxlm.peft.methods import Adapters
 from jaxlm.peft.soft_prompt import Prefix, Prompt
 from jaxlm.peft.targets import put
 from jaxlm.shapes import PyTree
+from jaxlm.training.checkpoints import BLOCK
 
 Modules = dict[Piece, Module | Entry]
 Layers = dict[int | None, tuple[Module, np.ndarray]]
 Held = dict[str, Layers]
-CHANGING = ("pissa", "olora", "corda", "eva", "mica", "loftq")
-"""First values with which PEFT changes the base as well."""
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""First values that leave the base as it is."""
+PLAIN = {
+  "modules_to_save": (None, []),
+  "bias": (None, "none"),
+  "lora_bias": (None, False),
+  "alora_invocation_tokens": (None,),
+  "layer_replication": (None,),
+  "trainable_token_indices": (None,),
+  "target_parameters": (None, []),
+  "use_qalora": (None, False),
+  "prefix_projection": (None, False),
+  "num_transformer_submodules": (None, 1),
+}
+"""Fields that may only say these."""
 
 
 class _Given:
@@ -50,10 +66,11 @@ class _Given:
     self.config, self.file = _config(folder), str(folder / CONFIG)
     if not (folder / WEIGHTS).exists():
       raise InputError(f"{folder / WEIGHTS}: does not exist; adapters are in it.")
-    self.tensors: Tensors = {
-      name: array.astype(np.float32)
-      for name, array in load_file(folder / WEIGHTS).items()
-    }
+    try:
+      loaded = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+      raise InputError(f"{folder / WEIGHTS}: cannot be read ({error}).") from error
+    self.tensors: Tensors = {n: a.astype(np.float32) for n, a in loaded.items()}
     self.decoder, self.modules = decoder, modules_of(decoder, family)
 
 
@@ -64,14 +81,36 @@ def is_one(folder: epath.Path) -> bool:
 
 def base_of(folder: epath.Path) -> str:
   """Returns what the folder calls the model that its adapters are for."""
-  return _config(folder)["base_model_name_or_path"]
+  return str(_config(folder).get("base_model_name_or_path") or "")
+
+
+def kind_of(folder: epath.Path) -> str:
+  """Returns what the folder calls its kind of adapters."""
+  return str(_config(folder).get("peft_type"))
+
+
+def identity(folder: epath.Path, base: epath.Path) -> str:
+  """Returns a hash of a folder of adapters and of the files of its base."""
+  state = xxhash.xxh3_128()
+  places = [folder / CONFIG, folder / WEIGHTS]
+  places += sorted(base.iterdir()) if base.is_dir() else [base]
+  for place in places:
+    if place.is_dir():
+      continue
+    with place.open("rb") as file:
+      while block := file.read(BLOCK):
+        state.update(block)
+  return state.hexdigest()
 
 
 def _config(folder: epath.Path) -> dict[str, Any]:
   try:
-    return json.loads((folder / CONFIG).read_text())
+    found = json.loads((folder / CONFIG).read_text())
   except ValueError as error:
     raise InputError(f"{folder / CONFIG}: not JSON ({error}).") from error
+  if not isinstance(found, dict):
+    raise InputError(f"{folder / CONFIG}: not a JSON object.")
+  return found
 
 
 def read(folder: epath.Path, decoder: Decoder, family: Family) -> Folder:
@@ -91,9 +130,11 @@ def read(folder: epath.Path, decoder: Decoder, family: Family) -> Folder:
   kind = config.get("peft_type")
   if kind not in kinds:
     raise InputError(f"{file}: peft_type={kind!r}; read are {', '.join(kinds)}.")
-  for key, plain in (("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
-    if config.get(key, plain) not in (plain, [], None):
-      raise InputError(f"{file}: {key}={config[key]!r} is not read; only {plain!r} is.")
+  for key, plain in PLAIN.items():
+    if config.get(key) not in plain:
+      raise InputError(
+        f"{file}: {key}={config[key]!r} is not read; only {plain[-1]!r} is."
+      )
   spec, trained = kinds[kind](given)
   if given.tensors:
     raise InputError(
@@ -146,10 +187,12 @@ def _joined(given: _Given, layers: Layers, name: str) -> np.ndarray:
 def _read_lora(given: _Given) -> tuple[Adapters, PyTree]:
   config, file = given.config, given.file
   start = config.get("init_lora_weights", True)
-  if isinstance(start, str) and start.startswith(CHANGING):
+  if start not in STARTS:
     raise InputError(
-      f"{file}: init_lora_weights={start!r}: these adapters are for a base that PEFT "
-      "has changed. Save them converted (path_initial_model_for_weight_conversion)."
+      f"{file}: init_lora_weights={start!r}: such adapters may be for a base that PEFT "
+      "has changed; read are "
+      f"{', '.join(map(str, STARTS[1:]))}. Save them converted "
+      "(path_initial_model_for_weight_conversion)."
     )
   dora = bool(config.get("use_dora"))
   parts = ("a", "b", "magnitude") if dora else ("a", "b")
@@ -187,7 +230,7 @@ def _alpha(config: dict[str, Any], module: str) -> float:
   for pattern, alpha in (config.get("alpha_pattern") or {}).items():
     if re.match(rf"(.*\.)?({pattern})$", module):
       return float(alpha)
-  return float(config["lora_alpha"])
+  return float(config.get("lora_alpha") or 8.0)
 
 
 def _read_ia3(given: _Given) -> tuple[Adapters, PyTree]:
@@ -206,8 +249,6 @@ def _virtual(given: _Given) -> np.ndarray:
   """Takes out what stands for virtual tokens."""
   if PROMPT not in given.tensors:
     raise InputError(f"{given.file}: the tensor {PROMPT} is missing beside it.")
-  if given.config.get("num_transformer_submodules", 1) not in (1, None):
-    raise InputError(f"{given.file}: num_transformer_submodules is not 1.")
   return given.tensors.pop(PROMPT)
 
 
@@ -222,8 +263,6 @@ def _read_prompt(given: _Given) -> tuple[Adapters, PyTree]:
 
 
 def _read_prefix(given: _Given) -> tuple[Adapters, PyTree]:
-  if given.config.get("prefix_projection"):
-    raise InputError(f"{given.file}: prefix_projection is not read; only false is.")
   wide, trained = _virtual(given), {}
   sizes = prefix_sizes(given.decoder, given.file)
   needed = 2 * math.prod(sizes.values())

@@ -107,7 +107,9 @@ class Lora:
     inputs = self.a.ndim - 1
     base = whole(self.base)
     a, b = (factor.astype(jnp.float32) for factor in (self.a, self.b))
-    total = base.astype(jnp.float32) + self.scale * jnp.tensordot(a, b, 1)
+    total = base.astype(jnp.float32) + self.scale * jnp.tensordot(
+      a, b, 1, precision="highest"
+    )
     if self.magnitude is not None:
       norm = jnp.sqrt(jnp.sum(jnp.square(total), axis=range(inputs)))
       total *= jnp.expand_dims(self.magnitude / norm, tuple(range(inputs)))

@@ -28,6 +28,8 @@ class Base(NamedTuple):
   """Of what stays beside it, each with its sharding."""
   freeze: Callable[[PyTree], PyTree]
   """Makes it of the whole model's parameters, whose buffers it takes."""
+  attached: Callable[[PyTree, PyTree], PyTree]
+  """Makes of the frozen and of what trains what a decoder takes; compiled once."""
   prefix: int
   """Virtual tokens that every token sees."""
 
@@ -72,6 +74,7 @@ def base_of(
     _placed(trained, _shardings(layout, tuning.axes)),
     _placed(kept, shardings),
     freeze,
+    jax.jit(lambda base, trained: tuning.attach(base, trained, None)),
     spec.length if isinstance(spec, Prefix | Prompt | PTuning) else 0,
   )
 

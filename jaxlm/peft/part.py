@@ -22,7 +22,7 @@ from jaxlm.trees import named_leaves
 class Part:
   """Some parameters of the model train as they are; the others do not.
 
-  The frozen model keeps its own copy of them, from which references are made.
+  They train in float32, whatever the model is in, which keeps its own copy of them.
   """
 
   train: tuple[str, ...] = ("norms-and-biases",)
@@ -37,7 +37,7 @@ class Part:
 
 
 def tuning(spec: Part, decoder: Decoder, field: str = "adapters.train") -> Tuning:
-  """Returns the part: {.. name: the parameter, or its last layers}, in its dtype.
+  """Returns the part: {.. name: the parameter, or its last layers}, in float32.
 
   Raises:
     InputError: a name that finds nothing, or more blocks than there are.
@@ -54,7 +54,7 @@ def tuning(spec: Part, decoder: Decoder, field: str = "adapters.train") -> Tunin
     del key
     out: dict[str, Any] = {}
     for name in names:
-      put(out, name, get(base, name)[firsts[name] :])
+      put(out, name, get(base, name)[firsts[name] :].astype(jnp.float32))
     return out
 
   def attach(base: PyTree, trained: PyTree, key: Array | None) -> PyTree:

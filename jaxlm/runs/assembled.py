@@ -50,10 +50,7 @@ class Assembled(NamedTuple):
     """Returns what the decoder takes of what the state holds and what is frozen."""
     if self.base is None:
       return params
-    attach = self.base.tuning.attach
-    return jax.jit(lambda base, params: attach(base, params, None))(
-      frozen[BASE], params
-    )
+    return self.base.attached(frozen[BASE], params)
 
 
 def assemble(run: "Train", layout: Layout) -> Assembled:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
+from jaxlm import files
 from jaxlm.posttrain.distill import TEACHER
 from jaxlm.runs import reference
 from jaxlm.runs.assembled import Assembled
 from jaxlm.runs.inputs import Inputs, check_same
 from jaxlm.shapes import PyTree
 from jaxlm.training.checkpoints import Restored
-from jaxlm.training.fingerprint import weights_hash
 from jaxlm.training.objective import BASE
 from jaxlm.training.state import TrainState
 
@@ -75,9 +75,11 @@ def _begin_beside(
 ) -> Begun:
   assert parts.base is not None
   weights = inputs.weights(parts.decoder, run.seed)
+  assert inputs.opened is not None
   told = {
     "corpus": inputs.corpus.fingerprint,
-    "base": weights_hash(parts.decoder.layout, weights),
+    "base": inputs.opened.identity(parts.decoder.layout, weights),
+    "initial": files.absolute(inputs.opened.place).as_posix(),
   }
   print(f"base: frozen, weights {told['base']}")
   if restored is not None:

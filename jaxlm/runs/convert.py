@@ -14,7 +14,7 @@ from jaxlm.data.tokenizers import Tokenizer, notes
 from jaxlm.errors import InputError
 from jaxlm.interop import peft_read, peft_write
 from jaxlm.interop.adapted import adapted_of
-from jaxlm.interop.checkpoint import Exported, Kind, Opened, open_model
+from jaxlm.interop.checkpoint import Exported, Kind, Opened, check_declared, open_model
 from jaxlm.interop.peft_modules import Folder
 from jaxlm.interop.progress import bar
 from jaxlm.interop.registry import by_name, family_of
@@ -87,6 +87,7 @@ class Convert:
     decoder = Decoder(opened.model, precision, layout)
     with bar("read", opened.model) as tell:
       params = opened.params(decoder, tell)
+    check_declared(params, decoder, self.source)
     exported = Exported(opened.model, family, params, tokenizer)
     with bar("write", opened.model) as tell:
       exported.write(target, form, dtype, tell)
@@ -106,7 +107,17 @@ class Convert:
     layout = Layout(make_mesh(self.mesh), self.sharding)
     decoder = Decoder(opened.model, precision, layout)
     spec, trained = adapted.plain(decoder)
-    folder = Folder(spec, trained, files.absolute(adapted.run.initial).as_posix())
+    folder = Folder(spec, trained, files.absolute(adapted.initial).as_posix())
+    if adapted.run.quantized is not None:
+      print(
+        f"note: these adapters were trained beside weights in {adapted.run.quantized}; "
+        "PEFT will put them beside the base as it is, or as bitsandbytes has it"
+      )
+    if open_model(adapted.initial).kind != "hf":
+      print(
+        f"note: PEFT reads its base from a Hugging Face folder, and {folder.base} is "
+        f"none; change base_model_name_or_path in {target / peft_read.CONFIG}"
+      )
     peft_write.write(target, folder, decoder, family)
     back = named_leaves(peft_read.read(target, decoder, family).trained)
     ours = named_leaves(trained)
@@ -135,6 +146,8 @@ class Convert:
     return "hf" if opened.kind == "jaxlm" else "jaxlm"
 
   def _dtype(self, opened: Opened, form: Kind) -> str:
+    if form == "peft":
+      return self.dtype or "float32"
     half = form == "gguf" or (form == "hf" and opened.stored == "F16")
     dtype = self.dtype or ("float16" if half else opened.dtype)
     if dtype not in ACCEPTED[form]:

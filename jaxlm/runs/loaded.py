@@ -12,7 +12,7 @@ from jaxlm.interop.checkpoint import open_model
 from jaxlm.interop.progress import bar
 from jaxlm.interop.registry import changes
 from jaxlm.models import count
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import Decoder, prefix_of
 from jaxlm.models.spec import Precision, for_length
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.mesh import Mesh, make_mesh
@@ -68,9 +68,12 @@ class Pretrained:
       f"{compute} on {mesh.size} x {mesh.devices.flat[0].device_kind}; up to {length} "
       "tokens"
     )
+    ahead = prefix_of(params)
+    if ahead:
+      print(f"a soft prompt takes {ahead} of the {length} positions")
     # Blocks of a matrix are for one device, and for a CPU's products with a vector.
     blocks = on_cpu and self.tensor == 1 and rows == "one"
     decoder, params = unroll(decoder, params, "one" if blocks else "many")
     twice = ", each matrix twice" if blocks and compute == "float32" else ""
     print(f"layers unrolled{twice}")
-    return Loaded(decoder, params, tokenizer, length)
+    return Loaded(decoder, params, tokenizer, length - ahead)

@@ -158,7 +158,9 @@ class Train:
     return jax.default_matmul_precision("highest" if exact else "default")
 
   def _run(self, workdir: epath.Path, layout: Layout) -> Result:
-    claimed = processes.lead("--workdir", lambda: claim(workdir, self, FREE))
+    # Of a frozen model the weights' own hash says whether it is the same.
+    free = FREE if self.adapters is None else (*FREE, "initial")
+    claimed = processes.lead("--workdir", lambda: claim(workdir, self, free))
     changes = claimed or []
     for change in changes:
       print(f"changed since this workdir was last run: {change}")

@@ -20,7 +20,12 @@ from jaxlm.training import schedules
 from jaxlm.trees import first_match, map_named
 
 Factors = tuple[tuple[str, float], ...]
-DECAY_MATRICES: Factors = ((r"(scale|bias)$", 0.0), (r".*", 1.0))
+DECAY_MATRICES: Factors = (
+  (r"(scale|bias)$", 0.0),
+  # Of adapters: factors, lengths, and virtual tokens, to which zero means nothing.
+  (r"/(inputs|outputs|magnitude|d|prompt|prefix_[kv])$", 0.0),
+  (r".*", 1.0),
+)
 ALL: Factors = ((r".*", 1.0),)
 
 

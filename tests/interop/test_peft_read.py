@@ -104,9 +104,12 @@ def without(word):
     ("lora", {"modules_to_save": ["lm_head"]}, None, r"modules_to_save=\['lm_head'\]"),
     ("lora", {"bias": "all"}, None, r"bias='all' is not read; only 'none' is"),
     ("lora", {"init_lora_weights": "pissa"}, None, r"PEFT has changed"),
+    ("lora", {"init_lora_weights": "lora_ga"}, None, r"'lora_ga': such adapters may"),
+    ("lora", {"alora_invocation_tokens": [1]}, None, r"alora_invocation_tokens=\[1\]"),
+    ("lora", {}, lambda t: {n: a[:, :-1] for n, a in t.items()}, "for another model"),
     ("lora", {}, without("layers.1."), r"of one rank; missing are \[1\]"),
     ("lora", {}, without("lora_B"), r"has no tensor lora_B.weight"),
-    ("prefix", {"prefix_projection": True}, None, "prefix_projection is not read"),
+    ("prefix", {"prefix_projection": True}, None, "prefix_projection=True is not read"),
     ("prefix", {}, lambda t: {n: a[:, :-8] for n, a in t.items()}, "needs 128"),
     ("prompt", {}, lambda t: {n: a[:, :-8] for n, a in t.items()}, "24 dims for a"),
     ("prompt", {}, lambda t: {"x" + n: a for n, a in t.items()}, "missing beside it"),
@@ -127,3 +130,32 @@ def test_a_base_that_is_not_here_is_named(tmp_path):
   shutil.copytree(FOLDERS / "lora", tmp_path / "x")
   with pytest.raises(InputError, match=r"base_model_name_or_path='../../checkpoints"):
     open_model(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+  ("file", "text", "told"),
+  [
+    ("adapter_config.json", "[]", "not a JSON object"),
+    ("adapter_config.json", "{", "not JSON"),
+    ("adapter_config.json", '{"peft_type": "LORA"}', "base_model_name_or_path=''"),
+    (
+      "adapter_config.json",
+      '{"base_model_name_or_path": "."}',
+      r"base_model_name_or_path='\.' is no folder here",
+    ),
+  ],
+)
+def test_a_damaged_folder_is_named(file, text, told, tmp_path):
+  shutil.copytree(FOLDERS / "lora", tmp_path / "x")
+  (tmp_path / "x" / file).write_text(text)
+  with pytest.raises(InputError, match=told):
+    open_model(tmp_path / "x")
+
+
+def test_tensors_that_are_cut_short_are_named(side, tmp_path):
+  place = tmp_path / "x"
+  shutil.copytree(FOLDERS / "lora", place)
+  weights = place / peft_read.WEIGHTS
+  weights.write_bytes(weights.read_bytes()[:-9])
+  with pytest.raises(InputError, match=r"adapter_model.safetensors: cannot be read"):
+    peft_read.read(epath.Path(place), side[0], side[1])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import InputError
+from jaxlm.models.spec import Precision
 from jaxlm.peft import part
 from jaxlm.peft.part import Part
 from jaxlm.trees import named_leaves
@@ -72,3 +73,14 @@ def test_refusals():
     part.tuning(Part(last=4), decoder())
   with pytest.raises(InputError, match=r"adapters.train: 'embeddings' finds nothing"):
     part.tuning(Part(train=("embeddings",), last=1), decoder())
+
+
+def test_they_train_in_float32_beside_a_model_in_bfloat16():
+  model = decoder().clone(precision=Precision(params="bfloat16"))
+  base = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), base_of(decoder()))
+  tuned = part.tuning(Part(train=("",), last=1), model)
+  first = tuned.init(base, jax.random.key(0))
+  assert {leaf.dtype for leaf in jax.tree.leaves(first)} == {np.dtype("float32")}
+  np.testing.assert_array_equal(
+    outputs(model, tuned.attach(base, first, None)), outputs(model, base)
+  )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from jaxlm.errors import InputError
 from jaxlm.interop.checkpoint import open_model
-from jaxlm.models.decoder import logits
+from jaxlm.models.decoder import Decoder, logits
+from jaxlm.models.spec import Precision
 from jaxlm.ops.weights import Lora
 from jaxlm.peft.lora import LoRA
 from jaxlm.peft.soft_prompt import Prompt
@@ -20,6 +22,8 @@ from jaxlm.quantization.formats import NF4
 from jaxlm.runs import plan
 from jaxlm.runs.convert import Convert
 from jaxlm.runs.samples import Samples
+from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.rules import Layout
 from jaxlm.training.metrics import TIMES
 from jaxlm.trees import named_leaves
 from runs import hooks, tiny_pairs
@@ -169,7 +173,7 @@ def test_a_wrong_base_is_refused(adapt, whole, tiny, copy, tmp_path):
   before["initial"] = str(other)
   (place / "config.json").write_text(json.dumps(before))
   with pytest.raises(InputError, match=r"initial: these weights are .* beside"):
-    run.run(place)
+    run.run(place)  # the path may change, the weights may not
   with pytest.raises(InputError, match=r"adapters were trained beside the weights"):
     open_model(place).params(whole.decoder)
 
@@ -308,3 +312,56 @@ def test_a_run_s_adapters_go_to_peft_and_back(whole, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, read, wanted)
   with pytest.raises(InputError, match="is no run that trained adapters"):
     Convert(source=str(merged), target=str(tmp_path / "x"), form="peft").run()
+
+
+def test_adapters_beside_adapters_on_any_mesh(adapt, whole, tmp_path):
+  """What they were trained beside is known by what was read, not by its sums."""
+  words = ("steps=3", "mesh.fsdp=4", "mesh.tensor=2")
+  second = dataclasses.replace(adapt(*words), initial=str(whole.workdir))
+  result = second.run(tmp_path / "w")
+  layout = Layout(make_mesh(Mesh(), jax.devices()[:1]))
+  read = open_model(tmp_path / "w").params(whole.decoder.clone(layout=layout))
+  wanted = named_leaves(merge(result.params))
+  for name, leaf in named_leaves(read).items():
+    np.testing.assert_allclose(leaf, wanted[name], atol=1e-5, err_msg=name)
+  one = dataclasses.replace(second, steps=4, mesh=Mesh())
+  assert one.run(tmp_path / "w").step == 4
+
+
+def test_a_base_that_moved_is_found_again(adapt, base, tmp_path, monkeypatch):
+  kept = tmp_path / "kept"
+  shutil.copytree(base, kept)
+  monkeypatch.chdir(tmp_path)
+  dataclasses.replace(adapt("steps=3"), initial="kept").run(tmp_path / "w")
+  decoder = Decoder(adapt().model, Precision(), Layout(make_mesh(Mesh())))
+  monkeypatch.chdir("/")
+  open_model(tmp_path / "w").params(decoder)
+  kept.rename(tmp_path / "moved")
+  with pytest.raises(InputError, match=r"initial, in .*config.json: .*kept does not"):
+    open_model(tmp_path / "w").params(decoder)
+  there = dataclasses.replace(adapt("steps=4"), initial=str(tmp_path / "moved"))
+  assert there.run(tmp_path / "w").step == 4
+
+
+def test_no_run_or_folder_takes_a_soft_prompt(adapt, tmp_path):
+  run = adapt("steps=3", "ema=none", adapters=Prompt(length=4))
+  run.run(tmp_path / "w")
+  told = r"holds layers/0/mixer/prefix_k, which is no part of the architecture"
+  target = str(tmp_path / "x")
+  with pytest.raises(InputError, match=told):
+    Convert(
+      source=str(tmp_path / "w"), target=target, context=64, tokenizer="without"
+    ).run()
+  with pytest.raises(InputError, match=told):
+    Convert(
+      source=str(tmp_path / "w"), target=target, form="jaxlm", tokenizer="without"
+    ).run()
+  with pytest.raises(InputError, match=told):
+    dataclasses.replace(adapt(), initial=str(tmp_path / "w")).run(tmp_path / "v")
+
+
+def test_a_bfloat16_run_s_adapters_are_written(adapt, tmp_path):
+  run = adapt("steps=3", "precision.params=bfloat16")
+  run.run(tmp_path / "w")
+  target = str(tmp_path / "x")
+  Convert(source=str(tmp_path / "w"), target=target, form="peft", context=64).run()
