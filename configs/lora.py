@@ -11,6 +11,12 @@ folder, a .gguf file, a folder of configs/convert.py or a run's workdir; the dat
 is that of configs/sft.py or configs/dpo.py. Of the model nothing changes and nothing is
 written but what trains; references of dpo are its own. The workdir opens as the merged
 model, say in configs/chat.py or configs/convert.py.
+
+Measured with SmolLM2-135M-Instruct, steps=40, float32, on two cores of an AMD EPYC, 2
+to 5 s a step: held-out replies go from 2.063 bits per byte to 1.701 (lora), 1.700
+(rslora, dora), 1.731 (ia3), 1.740 (prefix), 1.763 (prompt), and from 2.148 to 1.747
+(qlora); the whole model, by configs/sft.py, to 1.679
+(`experiments/adapters/RESULT.md`).
 """
 
 import dataclasses
