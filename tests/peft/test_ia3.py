@@ -35,6 +35,24 @@ def test_value_and_merged_matrices_are_peft_s():
     )
 
 
+def test_gradients_are_peft_s():
+  """By experiments/goldens/peft_gradients.py."""
+  base = {name: golden(f"in/{name}.weight").T for name in ("lin", "ff")}
+  base["lin_bias"] = golden("in/lin.bias")
+
+  def loss(outputs, inputs):
+    factors = {"lin": {"outputs": outputs}, "ff": {"inputs": inputs}}
+    params = ia3._attached(("lin", "ff"), base, factors)
+    y = forward(params["lin"], params["ff"], params["lin_bias"])
+    return jnp.sum(jnp.square(y))
+
+  names = ("lin.ia3_l.default", "ff.ia3_l.default")
+  given = [golden(f"ia3/param/{name}").reshape(-1) for name in names]
+  for name, found in zip(names, jax.grad(loss, (0, 1))(*given), strict=True):
+    wanted = golden(f"ia3/grad/{name}").reshape(-1)
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-4, err_msg=name)
+
+
 def test_defaults_are_keys_values_and_what_comes_down():
   """A bias is multiplied as the outputs are; that of queries is not."""
   model = decoder()

@@ -34,6 +34,42 @@ def test_vera_is_peft_s():
   np.testing.assert_allclose(forward(lin, weights["ff"]), golden("vera/y"), **CLOSE)
 
 
+def same_gradients(loss, case, names):
+  """Of the sum of squares, by experiments/goldens/peft_gradients.py."""
+  given = {name: golden(f"{case}/param/{name}.default") for name in names}
+  for name, found in jax.grad(loss)(given).items():
+    wanted = golden(f"{case}/grad/{name}.default")
+    assert float(jnp.abs(wanted).max()) > 0
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-4, err_msg=name)
+
+
+def test_vera_s_gradients_are_peft_s():
+  shared = golden("vera/shared_A").T, golden("vera/shared_B").T
+
+  def loss(found):
+    weights = []
+    for name in TARGETS.matrices:
+      own = {k: found[f"{name}.vera_lambda_{k}"] for k in ("d", "b")}
+      pair = products._pair(TARGETS, name, own, shared)
+      weights.append(Lora(golden(f"in/{name}.weight").T, *pair))
+    return jnp.sum(jnp.square(forward(*weights)))
+
+  names = [f"{n}.vera_lambda_{k}" for n in TARGETS.matrices for k in ("d", "b")]
+  same_gradients(loss, "vera", names)
+
+
+def test_loha_s_gradients_are_peft_s():
+  def loss(found):
+    a = [found[f"lin.hada_{name}"].T for name in ("w1_b", "w2_b")]
+    b = [found[f"lin.hada_{name}"].T for name in ("w1_a", "w2_a")]
+    pair = products._of_pairs(*a, 1), products._of_pairs(*b, 0)
+    weight = Lora(golden("in/lin.weight").T, *pair, scale=2.0)
+    return jnp.sum(jnp.square(forward(weight)))
+
+  names = [f"lin.hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
+  same_gradients(loss, "loha", names)
+
+
 def test_vera_s_pair_is_of_the_seed_alone():
   spec = VeRA(rank=8)
   a, b = products._shared(spec, TARGETS)
