@@ -89,8 +89,8 @@ class Train:
   """Parameters of that model that train whole beside adapters, say the new head of a
   reward model: names of presets in jaxlm/peft/filters.py, or regexes over names."""
   quantized: Format | None = None
-  """How the matrices of such a frozen model's layers are kept; None: as they are. What
-  an adapter takes of them at its start, such as DoRA's lengths, is of the whole ones."""
+  """How the matrices of such a frozen model's layers are kept; None: as they are.
+  What adapters take of them at the start, such as DoRA's lengths, is of whole ones."""
   precision: Precision = dataclasses.field(default_factory=Precision)
   """Dtypes of parameters and of the computation."""
   remat: Remat = "none"
