@@ -132,7 +132,7 @@ def found(name: str, rows: dict[str, np.ndarray], *, mesh=ONE, micro_batches=1):
   shape = rows["tokens"].shape
   placed = placer(layout.sharding("batch", "sequence"), shape)(rows)
   if teacher is not None:
-    frozen = teacher.frozen.load()
+    frozen = teacher.load()
     stored = {}
     if spec.top_k:
       stored = distill.top_log_probs(spec, teacher.decoder, frozen, placed)
