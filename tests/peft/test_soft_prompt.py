@@ -6,6 +6,7 @@ virtual tokens, and gradients of the sum of their squares over what is no paddin
 model's own weights are there under the names that they have here.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -17,6 +18,9 @@ from models.specs import SPECS, alone, params_of
 from models.specs import decoder as small
 
 from jaxlm.decoding import cache as caches
+from jaxlm.decoding.generate import generate
+from jaxlm.decoding.sampling import Sampling
+from jaxlm.decoding.session import Session
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, logits, unbox
 from jaxlm.models.decoder import init as init_decoder
@@ -364,3 +368,16 @@ def test_refusals():
   params = jax.eval_shape(lambda: tuned.attach(base, first, None))
   with pytest.raises(InputError, match="the input has 6 behind a prefix of 3"):
     jax.eval_shape(made.apply, {"params": params}, jnp.zeros((1, 6), jnp.int32))
+
+
+def test_virtual_tokens_take_positions_of_the_model():
+  """Where text is written, the prompt counts as what stands in front of it."""
+  made = decoder(model=dataclasses.replace(MODEL, context=16))
+  base = base_of(made)
+  tuned = soft_prompt.tuning(Prefix(length=S), made)
+  params = tuned.attach(base, tuned.init(base, jax.random.key(0)), None)
+  assert generate(made, params, [[1, 2, 3]], Sampling(), tokens=16 - S - 2)
+  with pytest.raises(InputError, match=r"needs 6 \+ 12 - 1 positions"):
+    generate(made, params, [[1, 2, 3]], Sampling(), tokens=12)
+  with pytest.raises(InputError, match=r"17 positions, and the model is made for 16"):
+    Session(made, params, length=14)

@@ -11,7 +11,7 @@ from jaxlm.training import optimizers, schedules
 from jaxlm.training.optimizers import Adafactor, AdamW, Lion, Muon
 from jaxlm.training.schedules import Constant
 from jaxlm.training.state import axes_of, create
-from jaxlm.trees import named_leaves
+from jaxlm.trees import first_match, named_leaves
 from training import small
 
 # A rate at which each learns.
@@ -353,3 +353,15 @@ def test_the_average_is_its_formula():
   for name, value in got.items():
     wanted = 0.9 * names(average)[name] + 0.1 * names(params)[name]
     np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ("name", "factor"),
+  [
+    ("mixer/q/a", 1.0), ("mixer/q/b", 1.0), ("mixer/q", 1.0), ("mixer/d", 0.0),
+    ("mixer/q/magnitude", 0.0), ("mlp/down/inputs", 0.0), ("mixer/v/outputs", 0.0),
+    ("embed/prompt", 0.0), ("mixer/prefix_k", 0.0), ("prefix_0/mlp/up", 1.0),
+  ],
+)  # fmt: skip
+def test_what_means_nothing_at_zero_does_not_decay(name, factor):
+  assert first_match(optimizers.DECAY_MATRICES, f"layers/0/{name}") == factor
