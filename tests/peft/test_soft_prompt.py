@@ -186,7 +186,7 @@ def observe(name):
 @pytest.mark.parametrize("name", SPECS)
 def test_a_prompt_of_real_tokens_is_these_tokens_in_front(name):
   seen = observe(name)
-  np.testing.assert_allclose(seen["full"], seen["wanted"], atol=1e-5)
+  np.testing.assert_allclose(seen["full"], seen["wanted"], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -195,7 +195,7 @@ def test_packed_documents_each_see_it(name):
   documents = iter(seen["alone"])
   for row, lengths in zip(seen["packed"], DOCUMENTS, strict=True):
     for part in np.split(row, np.cumsum(lengths)[:-1]):
-      np.testing.assert_allclose(part, next(documents)[: len(part)], atol=1e-5)
+      np.testing.assert_allclose(part, next(documents)[: len(part)], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SPECS)
