@@ -183,10 +183,16 @@ def observe(name):
   return jax.device_get(jax.jit(run)(params_of(made)))
 
 
+def tolerance(name):
+  """1e-5, but for Gemma's spec, whose outputs reach 5: under jax 0.12 its base alone
+  differs by 9e-6 between a row by itself and beside another."""
+  return 2e-5 if name.startswith("gemma") else 1e-5
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_prompt_of_real_tokens_is_these_tokens_in_front(name):
   seen = observe(name)
-  np.testing.assert_allclose(seen["full"], seen["wanted"], atol=2e-5)
+  np.testing.assert_allclose(seen["full"], seen["wanted"], atol=tolerance(name))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -195,7 +201,9 @@ def test_packed_documents_each_see_it(name):
   documents = iter(seen["alone"])
   for row, lengths in zip(seen["packed"], DOCUMENTS, strict=True):
     for part in np.split(row, np.cumsum(lengths)[:-1]):
-      np.testing.assert_allclose(part, next(documents)[: len(part)], atol=2e-5)
+      np.testing.assert_allclose(
+        part, next(documents)[: len(part)], atol=tolerance(name)
+      )
 
 
 @pytest.mark.parametrize("name", SPECS)
