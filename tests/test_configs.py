@@ -27,7 +27,7 @@ ARGUMENTS = {
   "lora": f"model={MODEL},objective=reward",
   "reward_model": f"model={MODEL}",
 }
-UNTRAINED = ("chat", "convert", "decode", "generate", "score")
+UNTRAINED = ("budget", "chat", "convert", "decode", "generate", "score")
 TRAINED = [file for file in FILES if file.stem not in UNTRAINED]
 CONFIGS = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 

@@ -49,6 +49,8 @@ FAMILIES = (
 LENT = {"Llama3Scaling", "_llama3", "llama"}
 LENDERS = {"models/spec.py", "models/positions.py"}
 OWNERS = ("models/families/", "interop/", "data/templates.py")
+# Of what is no module of the package.
+ROOT_TESTS = {"style.py", "configs.py", "layouts.py", "notebooks.py"}
 A_CONFIG = re.compile(r"configs/\w+\.py")
 
 
@@ -244,7 +246,7 @@ def test_tests_mirror_the_package():
     place = file.relative_to(ROOT / "tests")
     name = place.name.removeprefix("test_")
     sources = [PACKAGE / place.with_name(n) for n in (name, f"__{name[:-3]}__.py")]
-    whole = place.parts[0] == "runs" or name in {"style.py", "configs.py", "layouts.py"}
+    whole = place.parts[0] == "runs" or name in ROOT_TESTS
     if not whole and not any(source.exists() for source in sources):
       wrong.append(str(place))
   assert not wrong

@@ -15,7 +15,7 @@ from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import axes_of, create
+from jaxlm.training.state import First, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 
 ROWS, LENGTH, VOCAB = 8, 512, 32_000
@@ -34,7 +34,7 @@ def main() -> None:
   decoder = Decoder(MODEL, precision, layout)
   spec = optimizers.AdamW(lr=Constant(peak=1e-4))
   optimizer = optimizers.build(spec, args.steps, axes_of(decoder))
-  plan, first_state = create(decoder, optimizer.transform, 0, ema=False)
+  plan, first_state = create(decoder, optimizer.transform, First(0), ema=False)
   step = make_step(Task(next_token(NextToken(), decoder)), optimizer)
 
   tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)

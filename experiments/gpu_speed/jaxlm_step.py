@@ -22,7 +22,7 @@ from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import axes_of, create
+from jaxlm.training.state import First, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 
 
@@ -53,7 +53,7 @@ def main() -> None:
   optimizer = optimizers.build(
     optimizers.AdamW(lr=Constant(peak=1e-4)), args.steps, axes_of(decoder)
   )
-  plan, first_state = create(decoder, optimizer.transform, 0, ema=False)
+  plan, first_state = create(decoder, optimizer.transform, First(0), ema=False)
   step = make_step(Task(next_token(NextToken(), decoder)), optimizer)
 
   shape = (rows, length)

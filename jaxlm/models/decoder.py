@@ -99,15 +99,16 @@ class Block(nn.Module):
     def norm(place: str, y_BTD: Array) -> Array:
       return Norm(self.spec.norm, self.precision, name=f"{name}_{place}_norm")(y_BTD)
 
+    factor = self.spec.residual_scale
     match self.spec.placement:
       case "pre":
-        x_BTD += fn(norm("pre", x_BTD))
+        x_BTD += factor * fn(norm("pre", x_BTD))
       case "post":
-        x_BTD = norm("post", x_BTD + fn(x_BTD))
+        x_BTD = norm("post", x_BTD + factor * fn(x_BTD))
       case "output":
-        x_BTD += norm("post", fn(x_BTD))
+        x_BTD += factor * norm("post", fn(x_BTD))
       case "sandwich":
-        x_BTD += norm("post", fn(norm("pre", x_BTD)))
+        x_BTD += factor * norm("post", fn(norm("pre", x_BTD)))
     return self.layout.constrain(x_BTD, "batch", "stream", "residual")
 
 
@@ -204,7 +205,7 @@ class Embed(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Tokens to the residual stream after the final norm."""
+  """Tokens to the residual stream after the final norm, times `logit_scale`."""
 
   spec: specs.LM
   precision: specs.Precision
@@ -265,6 +266,7 @@ class Decoder(nn.Module):
       prefix.append(new)
     x_BTD, layers = self._scan(x_BTD, caches["layers"], positions_BT, segments_BT)
     x_BTD = Norm(self.spec.final_norm, self.precision, name="final_norm")(x_BTD)
+    x_BTD *= self.spec.logit_scale
     if self.spec.scores is not None:
       shape = (self.spec.dim, self.spec.scores)
       matrix(self, "score", shape, ("embed", None), dtype=self.precision.params)
@@ -279,7 +281,7 @@ class Decoder(nn.Module):
     in_axes: Any = (0, nn.broadcast, nn.broadcast)
     scanned = nn.scan(
       Pattern,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
       in_axes=in_axes,
       length=self.spec.repeats,

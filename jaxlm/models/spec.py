@@ -240,6 +240,9 @@ class Block:
   placement: Placement = "pre"
   """pre: x + f(norm(x)); post: norm(x + f(x)); output: x + norm(f(x)); sandwich: x +
   norm(f(norm(x)))."""
+  residual_scale: float = 1.0
+  """Factor on what f, or its norm, adds to the stream; with placement post it stands
+  before the norm."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,8 @@ class LM:
   """Whether the head is the embedding's transpose."""
   scores: int | None = None
   """Outputs of a head for scores, which a reward model has in place of logits."""
+  logit_scale: float = 1.0
+  """Factor on the stream after the final norm, hence on logits or scores."""
   softcap: float | None = None
   """Logits are bounded to this by tanh."""
   context: int | None = None

@@ -21,7 +21,7 @@ from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import BASE, Frozen, Task, over_base
-from jaxlm.training.state import Plan, Trained, TrainState, axes_of, create
+from jaxlm.training.state import First, Plan, Trained, TrainState, axes_of, create
 from jaxlm.training.step import Step, compile_step, make_step
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def assemble(run: "Train", layout: Layout) -> Assembled:
   plan, first_state = create(
     decoder,
     optimizer.transform,
-    run.seed,
+    First(run.seed, run.init_scale),
     ema=run.ema is not None,
     moments=run.moments,
     trained=trained,

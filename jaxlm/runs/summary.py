@@ -15,7 +15,7 @@ from jaxlm.peft.base import Base
 from jaxlm.posttrain.kto import KTO
 from jaxlm.shapes import PyTree
 from jaxlm.sharding.rules import Layout
-from jaxlm.training.optimizers import Optimizer
+from jaxlm.training.optimizers import ALL, Factors, Optimizer
 from jaxlm.training.state import HOST, Plan
 from jaxlm.trees import match, named_leaves
 
@@ -113,10 +113,15 @@ def describe_parameters(layout: Layout, plan: Plan) -> str:
   return "\n".join(["sharding: parameter, shape, split over, on each device", *lines])
 
 
-def describe_rules(optimizer: Optimizer, params: PyTree) -> str:
-  """Returns which parameters each pattern of the optimizer's rules takes."""
+def describe_rules(
+  optimizer: Optimizer, params: PyTree, init_scale: Factors = ALL
+) -> str:
+  """Returns which parameters each pattern of the rules takes."""
   lines = [f"optimizer: {type(optimizer).__name__}"]
-  for field, rules in (("decay", optimizer.decay), ("lr_scale", optimizer.lr_scale)):
+  listed = [("decay", optimizer.decay), ("lr_scale", optimizer.lr_scale)]
+  if init_scale != ALL:
+    listed.append(("init_scale", init_scale))
+  for field, rules in listed:
     numbered = [(pattern, number) for number, (pattern, _) in enumerate(rules)]
     taken = named_leaves(match(numbered, params))
     for number, (pattern, factor) in enumerate(rules):

@@ -109,6 +109,8 @@ class Train:
   """How the optimizer's state is split, and in which memory it is kept."""
   accumulate: int = 1
   """Micro-batches of a step; the loss does not depend on it."""
+  init_scale: optimizers.Factors = optimizers.ALL
+  """(regex, factor) on drawn first values by parameter name, first match wins."""
   ema: float | None = None
   """Decay of an average of the parameters, which is then evaluated and sampled."""
   seed: int = 0
@@ -128,6 +130,11 @@ class Train:
         raise InputError(f"{field}: {vars(self)[field]} is under 1.")
     if self.ema is not None and not 0 < self.ema < 1:
       raise InputError(f"ema: {self.ema} is not between 0 and 1; none turns it off.")
+    if self.initial is not None and self.init_scale != optimizers.ALL:
+      raise InputError(
+        f"init_scale: {self.init_scale}; the model that `initial` names is not drawn. "
+        "Leave one of them out."
+      )
     if self.adapters is not None and self.initial is None:
       raise InputError("adapters: they train beside a model; name it in initial.")
     if self.also and self.adapters is None:
@@ -243,7 +250,7 @@ class Train:
     lines = [
       summary.describe_layout(layout, plan),
       summary.describe_parameters(layout, plan),
-      summary.describe_rules(self.optimizer, plan.shapes.params),
+      summary.describe_rules(self.optimizer, plan.shapes.params, self.init_scale),
       summary.describe_attention(decoder, self.data.seq_len, prefix),
       f"remat: {self.remat}; parameters {self.precision.params}, computation "
       f"{self.precision.compute}; optimizer state on the {self.moments.memory}",

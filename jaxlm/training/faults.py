@@ -42,15 +42,23 @@ def graceful() -> Iterator[Stop]:
       signal.signal(number, handler)
 
 
+class Diverged(InputError):
+  """A loss, gradient or score that is not finite."""
+
+  def __init__(self, step: int, name: str, value: float):
+    super().__init__(
+      f"step {step}: {name} is {value}. Nothing was saved since the last "
+      "checkpoint. Lower optimizer.lr.peak, lengthen its warmup, or lower "
+      "optimizer.clip, then run the same command in a new --workdir."
+    )
+    self.step = step
+
+
 def require_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises InputError naming the step and the first value that is not finite."""
+  """Raises Diverged naming the step and the first value that is not finite."""
   for name, value in metrics.items():
     if not math.isfinite(value):
-      raise InputError(
-        f"step {step}: {name} is {value}. Nothing was saved since the last "
-        "checkpoint. Lower optimizer.lr.peak, lengthen its warmup, or lower "
-        "optimizer.clip, then run the same command in a new --workdir."
-      )
+      raise Diverged(step, name, value)
 
 
 @functools.cache

@@ -126,7 +126,11 @@ def build(spec: Optimizer, steps: int, axes: PyTree) -> Built:
   `axes` holds each parameter's logical axes (tuples of names); Muon reads from them
   which dimensions a matrix maps from and to.
   """
-  schedule = schedules.build(spec.lr, steps)
+  return at_rate(spec, schedules.build(spec.lr, steps), axes)
+
+
+def at_rate(spec: Optimizer, schedule: schedules.Rate, axes: PyTree) -> Built:
+  """Returns the transformation whose learning rate is not the spec's own."""
   clip = optax.identity() if spec.clip is None else optax.clip_by_global_norm(spec.clip)
   transform = optax.chain(
     clip,

@@ -18,6 +18,8 @@ from jaxlm.sharding.rules import (
   check_divides,
   replicated_share,
 )
+from jaxlm.training.optimizers import ALL, Factors
+from jaxlm.trees import first_match, map_named
 
 REPLICATED_LIMIT = 0.02
 HOST = "pinned_host"
@@ -60,6 +62,14 @@ def axes_of(decoder: Decoder) -> PyTree:
   return decoders.axes_of(boxed)
 
 
+class First(NamedTuple):
+  """How a model's parameters are drawn."""
+
+  seed: int
+  scale: Factors = ALL
+  """(regex, factor) on the first values by parameter name, first match wins."""
+
+
 class Trained(NamedTuple):
   """What trains where it is not the whole model."""
 
@@ -75,7 +85,7 @@ class Trained(NamedTuple):
 def create(
   decoder: Decoder,
   transform: optax.GradientTransformation,
-  seed: int,
+  first: First,
   *,
   ema: bool,
   moments: Moments = Moments(),
@@ -84,9 +94,9 @@ def create(
   """Returns (plan, function that makes the state sharded as the plan says).
 
   The function takes a model's parameters, sharded as they shall be, and gives their
-  buffers away; without them they are drawn from the seed. With `trained` they stay, and
-  the state is of what trains beside them. What the optimizer keeps of each parameter is
-  placed as `moments` says.
+  buffers away; without them they are drawn as `first` says. With `trained` they stay,
+  and the state is of what trains beside them. What the optimizer keeps of each
+  parameter is placed as `moments` says.
 
   Raises:
     InputError: the mesh does not divide a parameter, or more than 2% of the parameter
@@ -97,17 +107,12 @@ def create(
 
   def make(loaded: PyTree | None) -> TrainState:
     # Made inside: with several processes an array of one of them is no argument.
-    init_key, rng = jax.random.split(jax.random.key(seed))
+    init_key, rng = jax.random.split(jax.random.key(first.seed))
     if trained is not None:
       params = trained.draw(init_key, loaded)
-    elif loaded is None:
-      params = decoders.unbox(decoders.init(decoder, init_key))
     else:
-      params = loaded
-    copy = lambda p: jnp.array(p, jnp.float32)  # noqa: E731
-    average = jax.tree.map(copy, params) if ema else None
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, transform.init(params), rng, average)
+      params = drawn(decoder, init_key, first.scale) if loaded is None else loaded
+    return started(params, transform, rng, ema=ema)
 
   shapes = jax.eval_shape(make, None if trained is None else trained.base[0])
   kept = Layout(layout.mesh, moments.sharding or layout.rules)
@@ -130,6 +135,27 @@ def create(
     return made(loaded)
 
   return plan, first_state
+
+
+def drawn(decoder: Decoder, key: Array, scale: Factors) -> PyTree:
+  """Returns a model's first parameters, each times its factor."""
+  params = decoders.unbox(decoders.init(decoder, key))
+
+  def scaled(name: str, leaf: Array) -> Array:
+    factor = first_match(scale, name)
+    return leaf if factor == 1 else leaf * jnp.asarray(factor, leaf.dtype)
+
+  return map_named(scaled, params)
+
+
+def started(
+  params: PyTree, transform: optax.GradientTransformation, rng: Array, *, ema: bool
+) -> TrainState:
+  """Returns the state before the first step."""
+  copy = lambda p: jnp.array(p, jnp.float32)  # noqa: E731
+  average = jax.tree.map(copy, params) if ema else None
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, params, transform.init(params), rng, average)
 
 
 def _check_share(layout: Layout, shapes: PyTree, shardings: PyTree) -> None:

@@ -14,7 +14,7 @@ from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import axes_of, create
+from jaxlm.training.state import First, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 
 ROWS, LENGTH, CHUNK = 8, 256, 64
@@ -29,7 +29,7 @@ def built(remat: str, fsdp: int, repeats: int = 8):
   decoder = Decoder(model, Precision(), layout, remat, "auto")
   spec = optimizers.AdamW(lr=Constant(peak=1e-3))
   optimizer = optimizers.build(spec, 10, axes_of(decoder))
-  plan, _ = create(decoder, optimizer.transform, 0, ema=False)
+  plan, _ = create(decoder, optimizer.transform, First(0), ema=False)
   objective = next_token(NextToken(chunk=CHUNK), decoder)
   ints = ("tokens", "targets", "segments", "positions")
   shape = (ROWS, LENGTH)

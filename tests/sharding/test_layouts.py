@@ -23,7 +23,7 @@ from jaxlm.sharding.placement import placer
 from jaxlm.sharding.rules import Layout, ShardingRules
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.objective import NextToken, Task, next_token
-from jaxlm.training.state import Moments, axes_of, create
+from jaxlm.training.state import First, Moments, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 from jaxlm.trees import named_leaves
 
@@ -145,7 +145,9 @@ def run(model: str, place: Place, devices: int = 8) -> Seen:
   built = optimizers.build(spec, 10, axes_of(decoder))
   built = built._replace(transform=optax.chain(keep_gradients(), built.transform))
   objective = next_token(NextToken(z_loss=1e-2, chunk=5), decoder)
-  plan, make = create(decoder, built.transform, 3, ema=False, moments=place.moments)
+  plan, make = create(
+    decoder, built.transform, First(3), ema=False, moments=place.moments
+  )
   rows = packed_rows()
   step = make_step(Task(objective), built, micro_batches=MICRO_BATCHES[model])
   shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in rows.items()}
@@ -215,7 +217,7 @@ def test_shared_moments_are_split_over_the_replicas():
     optimizers.AdamW(lr=schedules.Constant(peak=0.1)), 10, axes_of(decoder)
   )
   plans = [
-    create(decoder, built.transform, 0, ema=True, moments=moments)[0]
+    create(decoder, built.transform, First(0), ema=True, moments=moments)[0]
     for moments in (Moments(), Moments(sharding=ZERO))
   ]
   whole, split = (
@@ -232,7 +234,7 @@ def test_moments_in_host_memory_leave_the_rest_on_the_device():
   spec = optimizers.AdamW(lr=schedules.Constant(peak=0.1))
   built = optimizers.build(spec, 10, axes_of(decoder))
   moments = Moments(memory="host")
-  plan, make = create(decoder, built.transform, 0, ema=True, moments=moments)
+  plan, make = create(decoder, built.transform, First(0), ema=True, moments=moments)
   state = make()
   for leaf in jax.tree.leaves(state.opt_state):
     assert leaf.sharding.memory_kind == ("pinned_host" if leaf.ndim else "device")

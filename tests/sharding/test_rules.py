@@ -16,7 +16,7 @@ from jaxlm.sharding.rules import (
   check_divides,
   replicated_share,
 )
-from jaxlm.training.state import create
+from jaxlm.training.state import First, create
 
 MIXED = Mesh(data=2, fsdp=2, tensor=2)
 BLOCK = Block(mixer=GQA(heads=4, kv_heads=4, head_dim=8), mlp=GLU(hidden=64))
@@ -112,20 +112,20 @@ def test_a_state_that_would_be_replicated_is_refused():
   for rules in ({"embed": ()}, {"vocab": (), "embed": ()}):
     decoder = Decoder(MODEL, Precision(), layout(Mesh(fsdp=8), **rules))
     with pytest.raises(InputError, match=r"hold 87\.\d% of the parameter bytes"):
-      create(decoder, optimizer, 0, ema=False)
+      create(decoder, optimizer, First(0), ema=False)
   # Only the embedding and the head are whole: 2 * 64 * 32 of some 24,000 parameters.
   decoder = Decoder(MODEL, Precision(), layout(Mesh(fsdp=1, tensor=2, data=4)))
-  create(decoder, optimizer, 0, ema=False)
+  create(decoder, optimizer, First(0), ema=False)
   rules = dataclasses.replace(ShardingRules(), vocab=())
   decoder = Decoder(MODEL, Precision(), Layout(decoder.layout.mesh, rules))
   with pytest.raises(InputError, match=r"hold 8\.6% .* at most 2% may"):
-    create(decoder, optimizer, 0, ema=False)
+    create(decoder, optimizer, First(0), ema=False)
 
 
 def test_heads_that_the_mesh_does_not_divide_are_refused():
   decoder = Decoder(MODEL, Precision(), layout(Mesh(fsdp=1, tensor=8)))
   with pytest.raises(InputError, match=r"dimension 4 of layers/0/mixer/k .* by 8"):
-    create(decoder, optax.sgd(0.1), 0, ema=False)
+    create(decoder, optax.sgd(0.1), First(0), ema=False)
 
 
 def test_layouts_are_equal_and_hashable_by_value():

@@ -18,7 +18,7 @@ from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers
 from jaxlm.training.objective import NextToken, Task, next_token
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import axes_of, create
+from jaxlm.training.state import First, axes_of, create
 from jaxlm.training.step import compile_step, make_step
 
 BATCH, LENGTH, VOCAB = 8, 32, 264
@@ -61,7 +61,7 @@ def setup(spec, mesh=ONE, *, ema=None, micro_batches=1, decoder=None, steps=100)
   """Returns (compiled step, function that makes the first state, plan, decoder)."""
   decoder = decoder or decoder_of(mesh)
   built = optimizers.build(spec, steps, axes_of(decoder))
-  plan, first = create(decoder, built.transform, 0, ema=ema is not None)
+  plan, first = create(decoder, built.transform, First(0), ema=ema is not None)
   step = make_step(
     Task(next_token(NextToken(chunk=16), decoder)),
     built,

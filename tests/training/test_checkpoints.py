@@ -16,7 +16,7 @@ from jaxlm.errors import InputError
 from jaxlm.sharding.mesh import Mesh
 from jaxlm.training import checkpoints, optimizers
 from jaxlm.training.checkpoints import Checkpoints, Store, steps_in, verify
-from jaxlm.training.state import TrainState, axes_of, create
+from jaxlm.training.state import First, TrainState, axes_of, create
 from jaxlm.trees import named_leaves
 from training import small
 
@@ -26,7 +26,7 @@ FSDP = Mesh()
 def plan_of(mesh=FSDP, model=small.MODEL):
   decoder = small.decoder_of(mesh, model=model)
   built = optimizers.build(small.adamw(), 10, axes_of(decoder))
-  return create(decoder, built.transform, 0, ema=True)[0]
+  return create(decoder, built.transform, First(0), ema=True)[0]
 
 
 def random_state(plan, seed):

@@ -10,7 +10,7 @@ from jaxlm.errors import InputError
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.optimizers import Adafactor, AdamW, Lion, Muon
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import axes_of, create
+from jaxlm.training.state import First, axes_of, create
 from jaxlm.trees import first_match, named_leaves
 from training import small
 
@@ -122,7 +122,7 @@ def test_state_bytes_a_parameter_and_their_sharding(kind, params):
   )
   decoder = small.decoder_of(small.MIXED, model=wide, params=params)
   built = optimizers.build(kind(lr=Constant(peak=1.0)), 10, axes_of(decoder))
-  plan, _ = create(decoder, built.transform, 0, ema=True)
+  plan, _ = create(decoder, built.transform, First(0), ema=True)
   total = sum(leaf.size for leaf in jax.tree.leaves(plan.shapes.params))
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.shapes.opt_state))
   print(f"{kind.__name__} {params}: {held / total:.3f} bytes a parameter")

@@ -1,0 +1,167 @@
+"""A sweep from the outside: every run once, whatever interrupts it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from jaxlm import config
+from jaxlm.errors import InputError
+from jaxlm.models import count
+from jaxlm.runs import sweep, together
+from jaxlm.runs.workdir import held
+from jaxlm.scaling.store import Store
+from jaxlm.training.checkpoints import Checkpoints
+from runs import tiny_sweep
+
+HERE = pathlib.Path(__file__)
+CONFIG = HERE.with_name("tiny_sweep.py")
+
+
+@pytest.fixture(scope="module")
+def make(text, cache):
+  return config.load(f"{CONFIG}:text={text},cache={cache}")
+
+
+@pytest.fixture(scope="module")
+def done(make, tmp_path_factory):
+  """A sweep that ended: its workdir and rows."""
+  workdir = tmp_path_factory.mktemp("sweep") / "x"
+  with jax.numpy_dtype_promotion("standard"):
+    return workdir, make.run(workdir)
+
+
+def test_every_run_has_a_row(make, done):
+  workdir, rows = done
+  assert [row["key"] for row in rows] == [sweep.key_of(run) for run in make.runs]
+  assert len(list((workdir / "rows").iterdir())) == len(make.runs) == 8
+  for run, row in zip(make.runs, rows, strict=True):
+    tokens = run.steps * 8 * 32
+    assert (row["seed"], row["peak"], row["steps"]) == (
+      run.seed, run.optimizer.lr.peak, run.steps,
+    )  # fmt: skip
+    assert row["tokens"] == tokens
+    assert row["parameters"] == count.parameters(run.model).total
+    assert row["flops"]["all"] == 6 * row["parameters"] * tokens
+    exact = count.training_flops(run.model, 32)
+    assert row["flops"]["causal"] == exact.causal * tokens
+    assert row["flops"]["full"] == exact.full * tokens
+    assert row["together"] == 4
+    assert row["curve"][-1][0] == tokens
+    assert 0 < row["loss"] < row["curve"][0][1]
+    assert row["versions"].keys() >= {"jaxlm", "jax", "python"}
+    assert row["seconds"] > 0
+
+
+def test_started_again_it_does_nothing(make, done, monkeypatch):
+  workdir, rows = done
+  monkeypatch.setattr(together, "Program", None)
+  assert make.run(workdir) == rows
+
+
+def test_what_changes_no_number_changes_no_key(make):
+  run = make.runs[0]
+  same = [
+    dataclasses.replace(run, checkpoints=Checkpoints(every=3), log_every=7),
+    dataclasses.replace(run, data=dataclasses.replace(run.data, cache="/x", threads=1)),
+    dataclasses.replace(run, objective=dataclasses.replace(run.objective, chunk=3)),
+  ]
+  other = [
+    dataclasses.replace(run, seed=5),
+    dataclasses.replace(run, steps=run.steps + 1),
+    dataclasses.replace(run, init_scale=((".*", 2.0),)),
+    dataclasses.replace(run, data=dataclasses.replace(run.data, batch=16)),
+    dataclasses.replace(run, objective=dataclasses.replace(run.objective, z_loss=1e-4)),
+  ]
+  assert {sweep.key_of(each) for each in same} == {sweep.key_of(run)}
+  assert len({sweep.key_of(each) for each in [run, *other]}) == 6
+
+
+def test_alone_gives_the_rows_of_together(make, done, tmp_path):
+  runs = make.runs[:2]
+  rows = sweep.Sweep(runs=runs, how="alone").run(tmp_path)
+  for mine, other in zip(rows, done[1], strict=False):
+    assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert mine["together"] == 1
+    same = ("key", "tokens", "flops", "corpus", "peak", "seed", "parameters")
+    assert {n: mine[n] for n in same} == {n: other[n] for n in same}
+  assert {place.name for place in (tmp_path / "runs").iterdir()} == {
+    sweep.key_of(run) for run in runs
+  }
+
+
+def test_a_sweep_that_is_killed_goes_on(text, cache, make, tmp_path):
+  """SIGKILL after the first rows; no finished run is repeated, and none is lost."""
+  command = [
+    sys.executable, "-m", "jaxlm", f"--config={CONFIG}:text={text},cache={cache}",
+    f"--workdir={tmp_path / 'x'}", "--config.most=1",
+  ]  # fmt: skip
+  rows = tmp_path / "x/rows"
+  env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+  env["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
+  with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
+    while process.poll() is None and len(list(rows.glob("*.json"))) < 2:
+      time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+  before = {place.name: place.read_bytes() for place in rows.glob("*.json")}
+  assert 2 <= len(before) < 8
+  found = dataclasses.replace(make, most=1).run(tmp_path / "x")
+  assert len(found) == 8
+  after = {place.name: place.read_bytes() for place in rows.glob("*.json")}
+  assert len(after) == 8
+  assert {name: after[name] for name in before} == before
+
+
+def test_runs_that_another_program_has_are_left_to_it(make, tmp_path):
+  doing = sweep.Doing(make, tmp_path)
+  group = make.groups()[0]
+  with held(tmp_path / "claims" / sweep.key_of(group[0])):
+    assert not doing.do(group)
+  assert doing.store.rows() == []
+
+
+def test_rows_of_other_text_are_refused(make, done, tmp_path):
+  row = json.loads(json.dumps(done[1][0]))
+  Store(tmp_path / "rows").add(row["key"], row | {"corpus": "other"})
+  with pytest.raises(InputError, match=r"runs\.0\.data\.sources: its row .* other"):
+    make.run(tmp_path)
+
+
+def test_a_run_that_diverges_has_a_row_that_says_so(text, cache, tmp_path):
+  wild = tiny_sweep.one(text, cache, seed=0, peak=1e38, steps=6)
+  (row,) = sweep.Sweep(runs=(wild,), how="alone").run(tmp_path)
+  assert row["loss"] is None
+  assert row["bits_per_byte"] is None
+  assert 1 < row["diverged_at"] <= 6
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"runs": ()}, "runs: none"),
+    ({"most": 0}, "most: 0 is under 1"),
+    ({"dispatch": 0}, "dispatch: 0 is under 1"),
+  ],
+)
+def test_bad_sweeps(make, change, words):
+  with pytest.raises(InputError, match=words):
+    dataclasses.replace(make, **change)
+
+
+def test_a_run_that_stands_twice_is_refused(make):
+  twice = (*make.runs, dataclasses.replace(make.runs[3], log_every=9))
+  with pytest.raises(InputError, match=r"runs: \[3, 8\] are the same run"):
+    dataclasses.replace(make, runs=twice)
+
+
+def test_a_run_that_cannot_be_one_of_several_is_named(make):
+  wrong = dataclasses.replace(make.runs[2], initial="model")
+  with pytest.raises(InputError, match=r"runs\.1\.initial: model"):
+    dataclasses.replace(make, runs=(make.runs[0], wrong))
