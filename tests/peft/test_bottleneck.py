@@ -57,8 +57,16 @@ def tokens():
   return jax.random.randint(jax.random.key(3), (8, 12), 0, MODEL.vocab)
 
 
+@functools.cache
 def first(spec):
-  return bottleneck.tuning(spec, decoder()).init(base(), jax.random.key(1))
+  """What trains, at its start and after some training."""
+  init = bottleneck.tuning(spec, decoder()).init
+
+  def both(base):
+    trained = init(base, jax.random.key(1))
+    return trained, moved(trained)
+
+  return jax.jit(both)(base())
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -70,10 +78,10 @@ def test_a_new_one_changes_no_bit(name):
   def run(params):
     return logits(MODEL, params, made.apply({"params": params}, tokens())[0])
 
-  trained = first(SPECS[name])
+  trained, later = first(SPECS[name])
   params = tuned.attach(base(), trained, None)
   np.testing.assert_array_equal(run(params), run(base()))
-  away = tuned.attach(base(), moved(trained), None)
+  away = tuned.attach(base(), later, None)
   assert float(jnp.abs(run(away) - run(base())).max()) > 0.1
   jax.tree.map(np.testing.assert_array_equal, merge(away), away)
 
@@ -83,15 +91,19 @@ def test_the_formula(name):
   """One block by hand: the mixer silenced, so that the MLP alone is to be followed."""
   spec, made = SPECS[name], decoder()
   tuned = bottleneck.tuning(spec, made)
-  given = tuned.attach(base(), moved(first(spec)), None)["layers"]["0"]
+  later = first(spec)[1]
+  given = tuned.attach(base(), later, None)["layers"]["0"]
   params = jax.tree.map(lambda a: a[1], given)
   x_BTD = jax.random.normal(jax.random.key(9), (2, 5, 16))
   positions_BT = jnp.tile(jnp.arange(5)[None], (2, 1))
   module = decoders.Block(BLOCK, Precision(), made.layout, 5)
-  found, _ = module.apply({"params": params}, x_BTD, None, positions_BT, None)
+  block = jax.jit(
+    lambda p: module.apply({"params": p}, x_BTD, None, positions_BT, None)
+  )
+  found, _ = block(params)
 
   def change(place, x):
-    raw = moved(first(spec))["layers"]["0"][place]
+    raw = later["layers"]["0"][place]
     w = {n: np.asarray(a[1], np.float64) for n, a in raw.items()}
     h = np.maximum(np.asarray(x, np.float64) @ w["down"] + w["down_bias"], 0)
     return spec.scale * (h @ w["up"] + w["up_bias"])
@@ -102,7 +114,7 @@ def test_the_formula(name):
 
   plain = {n: a for n, a in params.items() if "adapter" not in n and "beside" not in n}
   quiet = plain | {"mlp": jax.tree.map(jnp.zeros_like, plain["mlp"])}
-  mixed, _ = module.apply({"params": quiet}, x_BTD, None, positions_BT, None)
+  mixed, _ = block(quiet)
   out = np.asarray(mixed - x_BTD)  # of the mixer
   if name == "serial":
     out = out + change("mixer_adapter", out)
@@ -120,7 +132,7 @@ def found(made, spec):
   placed = jax.tree.map(
     lambda axes: made.layout.sharding(*axes), tuned.axes, is_leaf=is_axes
   )
-  trained = jax.device_put(moved(first(spec)), placed)
+  trained = jax.device_put(first(spec)[1], placed)
   frozen = jax.device_put(base(), made.layout.sharding())
   ids = jax.device_put(tokens(), made.layout.sharding("batch", "sequence"))
 
@@ -156,7 +168,7 @@ def test_where_they_stand_and_their_axes():
   for name, spec in SPECS.items():
     tuned = bottleneck.tuning(spec, decoder())
     axes = named_leaves(tuned.axes, lambda leaf: isinstance(leaf, tuple))
-    leaves = named_leaves(first(spec))
+    leaves = named_leaves(first(spec)[0])
     assert axes.keys() == leaves.keys()
     for leaf, array in leaves.items():
       assert len(axes[leaf]) == array.ndim, leaf

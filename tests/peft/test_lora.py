@@ -141,20 +141,32 @@ def moved(adapters):
   return jax.tree.map(move, adapters)
 
 
+def moved_first(tuned, base):
+  return jax.jit(lambda base: moved(tuned.init(base, jax.random.key(1))))(base)
+
+
 @pytest.mark.parametrize("spec", [NF4(block=8), NF4(block=8, double=False), Int8()])
 def test_adapters_over_a_quantized_base(spec):
   """The one einsum reads both; gradients are those over the base as it was rounded."""
   model = decoder()
-  base, tuned = base_of(model), lora.tuning(LoRA(rank=2), model)
-  targets = targets_of(("all-linear",), model)
-  adapters = moved(tuned.init(base, jax.random.key(1)))
-  rounded, few = dict(base), dict(base)
-  for name, matrix in targets.matrices.items():
-    leaf = quantize(
-      spec, get(base, name), inputs=matrix.inputs, stacked=targets.stacked(name)
-    )
-    few = replaced(few, name, leaf)
-    rounded = replaced(rounded, name, leaf.whole())
+  few_matrices = ("mixer/[qo]$", "mlp/down$")  # each way to be multiplied once
+  base = base_of(model)
+  tuned = lora.tuning(LoRA(rank=2, targets=few_matrices), model)
+  targets = targets_of(few_matrices, model)
+  adapters = moved_first(tuned, base)
+
+  @jax.jit
+  def quantized(base):
+    rounded, few = dict(base), dict(base)
+    for name, matrix in targets.matrices.items():
+      leaf = quantize(
+        spec, get(base, name), inputs=matrix.inputs, stacked=targets.stacked(name)
+      )
+      few = replaced(few, name, leaf)
+      rounded = replaced(rounded, name, leaf.whole())
+    return few, rounded
+
+  few, rounded = quantized(base)
 
   def loss(adapters, base):
     params = tuned.attach(base, adapters, None)
@@ -166,9 +178,8 @@ def test_adapters_over_a_quantized_base(spec):
   assert float(jnp.abs(gradient(adapters, base)[0] - wanted[0])) > 0
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
-  merged = merge(tuned.attach(few, adapters, None))
-  plain = merge(tuned.attach(rounded, adapters, None))
-  jax.tree.map(np.testing.assert_array_equal, merged, plain)
+  whole = jax.jit(lambda base: merge(tuned.attach(base, adapters, None)))
+  jax.tree.map(np.testing.assert_array_equal, whole(few), whole(rounded))
 
 
 def replaced(tree, name, value):
@@ -184,7 +195,7 @@ def test_patterns_choose_rank_and_alpha():
   model = decoder()
   tuned = lora.tuning(spec, model)
   base = base_of(model)
-  adapters = tuned.init(base, jax.random.key(0))
+  adapters = jax.jit(tuned.init)(base, jax.random.key(0))
   ranks = {
     name: get(adapters, f"layers/0/{name}/a").shape[-1]
     for name in ("mixer/q", "mixer/o", "mlp/up")
@@ -200,7 +211,7 @@ def test_each_layer_and_matrix_draws_its_own_dropout():
   model = decoder()
   base = base_of(model)
   tuned = lora.tuning(LoRA(rank=2, dropout=0.4), model)
-  adapters = moved(tuned.init(base, jax.random.key(1)))
+  adapters = moved_first(tuned, base)
   params = tuned.attach(base, adapters, jax.random.key(2))
   names = targets_of(("all-linear",), model).matrices
   keys = [jax.random.key_data(get(params, name).key).reshape(-1, 2) for name in names]

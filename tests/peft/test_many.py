@@ -1,5 +1,7 @@
 """Rows of a batch with adapters of their own, and one adapter made of several."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +24,17 @@ SPEC = LoRA(rank=4, targets=("mixer/[qo]$", "mlp/down$"))
 IDS = jnp.array([2, 0, 0, 3, 2, 2, 0, 3])
 
 
+@functools.cache
 def four(model, spec=SPEC):
   """Adapters after some training, each its own."""
   tuned = lora.tuning(spec, model)
 
-  def one(key):
-    first = tuned.init(base_of(model), key)
+  @jax.jit
+  def one(base, key):
+    first = tuned.init(base, key)
     return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), first)
 
-  return [one(key) for key in jax.random.split(jax.random.key(1), 4)]
+  return [one(base_of(model), key) for key in jax.random.split(jax.random.key(1), 4)]
 
 
 def test_each_row_is_as_by_its_own_adapter():
@@ -198,10 +202,12 @@ def test_what_is_combined_attaches():
   assert spec.rank_of("layers/0/mixer/q") == 5
   assert spec.rank_of("prefix_0/mlp/up") == 6
   tuned = lora.tuning(spec, model)
-  merged = merge(tuned.attach(base, found, None))
-  changed = [
-    merge(lora.tuning(spec, model).attach(base, tree, None)) for spec, tree in adapters
-  ]
+
+  def whole(tuned, tree):
+    return jax.jit(lambda base: merge(tuned.attach(base, tree, None)))(base)
+
+  merged = whole(tuned, found)
+  changed = [whole(lora.tuning(spec, model), tree) for spec, tree in adapters]
   for name, leaf in named_leaves(base).items():
     wanted = leaf + sum(
       w * (get(c, name) - leaf) for w, c in zip((0.6, -0.8), changed, strict=True)

@@ -17,7 +17,7 @@ from jaxlm.peft.soft_prompt import Prefix, Prompt, PTuning
 from jaxlm.peft.targets import merge
 from jaxlm.sharding.mesh import Mesh
 from jaxlm.trees import named_leaves
-from peft.test_lora import MODEL, base_of, decoder, moved, outputs, tokens
+from peft.test_lora import MODEL, base_of, decoder, moved, moved_first, outputs, tokens
 
 FEW = ("mixer/[qo]$", "mlp/down$")
 SPECS = {
@@ -53,19 +53,25 @@ def test_it_starts_unchanged_and_merges_into_what_it_computes(case):
   base = base_of(model)
   kept = jax.tree.map(np.asarray, base)
   tuned = methods.build(spec, (), model)
-  frozen = base if tuned.prepare is None else tuned.prepare(base)
-  adapters = tuned.init(base, jax.random.key(1))
-  plain, found = (
-    outputs(model, params) for params in (base, tuned.attach(frozen, adapters, None))
-  )
+
+  @jax.jit
+  def started(base):
+    frozen = base if tuned.prepare is None else tuned.prepare(base)
+    adapters = tuned.init(base, jax.random.key(1))
+    first, later = (
+      tuned.attach(frozen, trained, None) for trained in (adapters, moved(adapters))
+    )
+    return frozen, first, later, merge(later)
+
+  frozen, first, params, merged = started(base)
+  plain, found = (outputs(model, params) for params in (base, first))
   if case in ROUNDED:
     np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
   else:
     np.testing.assert_array_equal(found, plain)
   if tuned.prepare is not None:
     assert float(jnp.abs(outputs(model, frozen) - plain).max()) > 0.05
-  params = tuned.attach(frozen, moved(adapters), None)
-  wanted, merged = outputs(model, params), merge(params)
+  wanted = outputs(model, params)
   assert float(jnp.abs(wanted - plain).max()) > 0.01
   assert jax.tree.structure(merged) == jax.tree.structure(base)
   np.testing.assert_allclose(outputs(model, merged), wanted, rtol=2e-4, atol=2e-5)
@@ -92,13 +98,14 @@ MESHES = {"dora": Mesh(data=2, fsdp=2, tensor=2)}
 
 @pytest.mark.parametrize("case", [case for case in SPECS if case not in SAME])
 def test_a_mesh_changes_neither_loss_nor_gradient(case):
+  plain = base_of(decoder())
+  drawn = moved_first(methods.build(SPECS[case], (), decoder()), plain)
+
   def found(model):
     whole = bases.base_of(SPECS[case], (), None, model)
-    base, tuned = base_of(decoder()), whole.tuning
-    adapters = moved(tuned.init(base, jax.random.key(1)))
-    shapes = whole.shapes, whole.trained
-    placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    base, adapters = jax.device_put((base, adapters), placed)
+    tuned = whole.tuning
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (whole.shapes, whole.trained))
+    base, adapters = jax.device_put((plain, drawn), placed)
     ids = jax.device_put(tokens(), model.layout.sharding("batch", "sequence"))
 
     def loss(adapters):

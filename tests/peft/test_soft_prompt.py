@@ -160,9 +160,10 @@ def observe(name):
     rows_SD = base["embed"]["table"][AHEAD[0]]
     params = tuned.attach(base, {"embed": {"prompt": rows_SD}}, None)
     ahead = jnp.concatenate((jnp.tile(AHEAD, (2, 1)), text()), axis=1)
+    cuts = ((T,), (T,), *DOCUMENTS)
     packed = [
-      [[i for n in row for i in range(n)] for row in DOCUMENTS],
-      [[j for j, n in enumerate(row, 1) for _ in range(n)] for row in DOCUMENTS],
+      [[i for n in row for i in range(n)] for row in cuts],
+      [[j for j, n in enumerate(row, 1) for _ in range(n)] for row in cuts],
     ]
     alone_BT = jnp.zeros((5, 5), jnp.int32)
     documents = [
@@ -172,10 +173,12 @@ def observe(name):
     ]
     for line, document in enumerate(documents):
       alone_BT = alone_BT.at[line, : len(document)].set(document)
+    twice = jnp.concatenate((text(), text()))
+    both = forward(params, twice, *(jnp.asarray(a, jnp.int32) for a in packed))
     return {
       "wanted": forward(base, ahead)[:, S:],
-      "full": forward(params, text()),
-      "packed": forward(params, text(), *(jnp.asarray(a, jnp.int32) for a in packed)),
+      "full": both[:2],
+      "packed": both[2:],
       "alone": forward(params, alone_BT),
       "decoded": decode(made, params, text()),
     }

@@ -1,6 +1,8 @@
 """Adapters in the one loop: what trains, what is kept, what is refused."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -34,10 +36,10 @@ SMALL = LoRA(rank=4)
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
-  """The workdir of a model that learned a little."""
+  """The workdir of a model that learned a little; it knows step 20, too."""
   workdir = tmp_path_factory.mktemp("base") / "w"
   with jax.numpy_dtype_promotion("standard"):
-    tiny("steps=40", "evaluate_every=40").run(workdir)
+    tiny("steps=40", "evaluate_every=40", "checkpoints.every=20").run(workdir)
   return workdir
 
 
@@ -55,11 +57,28 @@ def adapt(tiny, base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(adapt, tmp_path_factory):
-  """A run without interruption."""
+def whole_and_told(adapt, tmp_path_factory):
+  """A run without interruption, and what it printed."""
   workdir = tmp_path_factory.mktemp("whole") / "w"
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    contextlib.redirect_stdout(io.StringIO()) as told,
+  ):
+    return adapt().run(workdir), told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(whole_and_told):
+  return whole_and_told[0]
+
+
+@pytest.fixture(scope="module")
+def prompted(adapt, tmp_path_factory):
+  """A run that trains a soft prompt, and is sampled."""
+  samples = Samples(prompts=("ROMEO",), tokens=8)
+  run = adapt("ema=none", adapters=Prompt(length=4), samples=samples)
   with jax.numpy_dtype_promotion("standard"):
-    return adapt().run(workdir)
+    return run.run(tmp_path_factory.mktemp("prompted") / "w")
 
 
 def losses(result):
@@ -125,11 +144,13 @@ def last(workdir):
   return workdir / "checkpoints" / f"{STEPS:08d}"
 
 
-def test_resume_is_exact_to_the_bit(adapt, whole, tmp_path):
-  adapt("steps=4").run(tmp_path / "w")
-  again = adapt().run(tmp_path / "w")
+def test_resume_is_exact_to_the_bit(adapt, whole, copy, capsys):
+  """Rows past the step that it goes on from are made again."""
+  place = copy(whole.workdir, newest=4)
+  again = adapt().run(place)
+  assert "going on from the checkpoint of step 4" in capsys.readouterr().out
   assert losses(again) == losses(whole)
-  same_arrays(last(tmp_path / "w"), last(whole.workdir))
+  same_arrays(last(place), last(whole.workdir))
 
 
 @pytest.mark.parametrize(
@@ -155,19 +176,17 @@ def test_a_finished_run_is_read_back(adapt, whole, tmp_path, copy, capsys):
     np.testing.assert_array_equal(one, other)
 
 
-def test_the_run_says_what_trains(adapt, tmp_path, capsys):
-  adapt("steps=1").run(tmp_path / "w")
-  told = capsys.readouterr().out
+def test_the_run_says_what_trains(whole_and_told):
+  _, told = whole_and_told
   trained = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
   assert f"adapters: LoRA trains {trained:,} parameters in 14 leaves" in told
   assert "frozen beside them: 0.1 MB, 32.000 bits a parameter" in told
 
 
-def test_a_wrong_base_is_refused(adapt, whole, tiny, copy, tmp_path):
+def test_a_wrong_base_is_refused(adapt, whole, base, copy):
   """On resuming, and where the run's folder is opened as a model."""
   place = copy(whole.workdir, newest=8)
-  other = tmp_path / "other"
-  tiny("steps=3", "seed=5").run(other)
+  other = copy(base, newest=20, name="other")
   before = json.loads((place / "config.json").read_text())
   run = dataclasses.replace(adapt(), initial=str(other))
   before["initial"] = str(other)
@@ -178,17 +197,21 @@ def test_a_wrong_base_is_refused(adapt, whole, tiny, copy, tmp_path):
     open_model(place).params(whole.decoder)
 
 
-def test_quantized(adapt, tmp_path, capsys):
-  """The base in NF4: learns, resumes to the bit, opens as what was trained."""
-  fields = {"quantized": NF4(block=4)}
+def test_quantized(adapt, tmp_path, copy, capsys):
+  """The base in NF4: learns, resumes to the bit, opens as what was trained.
+
+  Some of its matrices have adapters, others none.
+  """
+  few = LoRA(rank=4, targets=("mixer/[qo]$", "mlp/down$"))
+  fields = {"quantized": NF4(block=4), "adapters": few}
   run = adapt("ema=none", **fields)
   result = run.run(tmp_path / "a")
   start, *_, end = held_out(result)
   assert end < start
-  adapt("ema=none", "steps=4", **fields).run(tmp_path / "b")
-  run.run(tmp_path / "b")
-  same_arrays(last(tmp_path / "a"), last(tmp_path / "b"))
-  capsys.readouterr()
+  place = copy(tmp_path / "a", newest=4)
+  run.run(place)
+  same_arrays(last(tmp_path / "a"), last(place))
+  assert "going on from the checkpoint of step 4" in capsys.readouterr().out
   read = open_model(tmp_path / "a").params(result.decoder)
   told = capsys.readouterr().out
   assert "merged into the weights as NF4" in told
@@ -230,22 +253,22 @@ def test_a_reward_model_s_new_head_trains_too(pairs, tiny, base, tmp_path):
   assert read.keys() == wanted.keys()
   for name, leaf in wanted.items():
     np.testing.assert_allclose(read[name], leaf, atol=1e-6, err_msg=name)
-  drawn = dataclasses.replace(run, steps=1, evaluate_every=1).run(tmp_path / "v")
-  assert not np.array_equal(drawn.params["score"], result.params["score"])
+  two, four = (
+    hooks.leaves_of(tmp_path / "w" / "checkpoints" / f"{step:08d}") for step in (2, 4)
+  )
+  (score,) = (name for name in four if re.fullmatch("params/.*score", name))
+  assert not np.array_equal(two[score], four[score])
   with pytest.raises(InputError, match="also: layers/0/mixer/q has adapters"):
     dataclasses.replace(run, also=("mixer/q$",)).run(tmp_path / "x")
 
 
-def test_a_soft_prompt_in_the_loop(adapt, tmp_path):
+def test_a_soft_prompt_in_the_loop(prompted):
   """Learns, is sampled, and its workdir opens with it."""
-  samples = Samples(prompts=("ROMEO",), tokens=8)
-  run = adapt("ema=none", adapters=Prompt(length=4), samples=samples)
-  result = run.run(tmp_path / "w")
-  start, *_, end = held_out(result)
+  start, *_, end = held_out(prompted)
   assert end < start
-  assert "ROMEO" in (tmp_path / "w" / "samples.txt").read_text()
-  read = open_model(tmp_path / "w").params(result.decoder)
-  wanted = named_leaves(result.params)
+  assert "ROMEO" in (prompted.workdir / "samples.txt").read_text()
+  read = open_model(prompted.workdir).params(prompted.decoder)
+  wanted = named_leaves(prompted.params)
   assert "layers/0/mixer/prefix_k" in wanted
   for name, leaf in named_leaves(read).items():
     np.testing.assert_allclose(leaf, wanted[name], atol=1e-6, err_msg=name)
@@ -253,20 +276,15 @@ def test_a_soft_prompt_in_the_loop(adapt, tmp_path):
 
 def test_references_are_the_base_s_and_cost_nothing(pairs, tmp_path, tiny, base):
   """DPO beside a frozen base: its own log-probabilities, and no second model."""
-  folder = tmp_path
   run = dataclasses.replace(
     tiny_pairs.get_config(pairs=pairs),
     model=tiny().model,
     initial=str(base),
   )
   beside = dataclasses.replace(run, adapters=SMALL)
-  one, two = run.run(folder / "whole"), beside.run(folder / "beside")
-  first = [losses(result)[0] for result in (one, two)]
-  assert first[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-  assert first[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-  assert losses(two)[-1]["loss"] < first[1]["loss"]
-  with pytest.raises(AssertionError):
-    same_arrays(*(folder / n / "checkpoints" / "00000004" for n in ("whole", "beside")))
+  found = losses(beside.run(tmp_path / "beside"))
+  assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+  assert found[-1]["loss"] < found[0]["loss"]
   (target,) = plan.launch.targets("h100:8")
   told = [plan.report(plan.prepare(r, target)).predicted for r in (run, beside)]
   assert told[1].frozen == told[0].parameters > 0
@@ -343,25 +361,19 @@ def test_a_base_that_moved_is_found_again(adapt, base, tmp_path, monkeypatch):
   assert there.run(tmp_path / "w").step == 4
 
 
-def test_no_run_or_folder_takes_a_soft_prompt(adapt, tmp_path):
-  run = adapt("steps=3", "ema=none", adapters=Prompt(length=4))
-  run.run(tmp_path / "w")
+def test_no_run_or_folder_takes_a_soft_prompt(adapt, prompted, tmp_path):
   told = r"holds layers/0/mixer/prefix_k, which is no part of the architecture"
-  target = str(tmp_path / "x")
+  source, target = str(prompted.workdir), str(tmp_path / "x")
   with pytest.raises(InputError, match=told):
-    Convert(
-      source=str(tmp_path / "w"), target=target, context=64, tokenizer="without"
-    ).run()
+    Convert(source=source, target=target, context=64, tokenizer="without").run()
   with pytest.raises(InputError, match=told):
-    Convert(
-      source=str(tmp_path / "w"), target=target, form="jaxlm", tokenizer="without"
-    ).run()
+    Convert(source=source, target=target, form="jaxlm", tokenizer="without").run()
   with pytest.raises(InputError, match=told):
-    dataclasses.replace(adapt(), initial=str(tmp_path / "w")).run(tmp_path / "v")
+    dataclasses.replace(adapt(), initial=source).run(tmp_path / "v")
 
 
 def test_a_bfloat16_run_s_adapters_are_written(adapt, tmp_path):
-  run = adapt("steps=3", "precision.params=bfloat16")
+  run = adapt("steps=1", "precision.params=bfloat16")
   run.run(tmp_path / "w")
   target = str(tmp_path / "x")
   Convert(source=str(tmp_path / "w"), target=target, form="peft", context=64).run()

@@ -72,7 +72,7 @@ def test_a_missing_corpus_and_its_mending_in_the_same_workdir(command, text, tmp
   assert_one_error(
     code, err, "data.sources.0.source.path", f"no file at '{tmp_path}/none.jsonl'"
   )
-  code, _, _ = command("--config.steps=2", f"--workdir={tmp_path}/a")
+  code, _, _ = command("--config.steps=4", f"--workdir={tmp_path}/a")
   assert code == 0
 
 
@@ -140,7 +140,7 @@ def test_parameters_that_no_axis_splits(tiny, tmp_path):
 def test_a_model_with_fewer_ids_than_the_tokenizer(tiny, tmp_path):
   words = refusal(tiny("model.vocab=256"), tmp_path / "a")
   assert "model.vocab: 256 ids are fewer than the tokenizer's 258" in words
-  tiny("steps=2").run(str(tmp_path / "a"))
+  tiny("steps=4").run(str(tmp_path / "a"))
 
 
 def test_a_warmup_longer_than_the_run(tiny, tmp_path):

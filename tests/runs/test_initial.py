@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -33,6 +32,14 @@ def finetune(place, text, *overrides):
   return config.override(cfg, [*small, *overrides])
 
 
+@pytest.fixture(scope="module")
+def whole(places, text, tmp_path_factory):
+  """A run without interruption from the Hugging Face folder."""
+  run = finetune(places[0] / "hf", text, "checkpoints.every=2")
+  with jax.numpy_dtype_promotion("standard"):
+    return run.run(tmp_path_factory.mktemp("whole") / "w")
+
+
 @pytest.mark.parametrize("form", ["hf", "own", "x.gguf"])
 def test_a_run_starts_from_the_weights_and_the_tokenizer(
   places, text, tmp_path, form, capsys
@@ -50,34 +57,29 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer(
   assert scores[0]["held_out/nll"] == scores[1]["held_out/nll"]
 
 
-def test_training_goes_on_and_resumes(places, text, tmp_path):
+def test_training_goes_on_and_resumes(places, text, whole, copy):
   """A run that is stopped and resumed ends where one that is not ends."""
   folder, params = places
-  whole = finetune(folder / "hf", text).run(tmp_path / "whole")
   assert not pretrained.equal(jax.tree.leaves(whole.params), params)
   scores = [r["held_out/nll"] for r in whole.rows if "held_out/nll" in r]
   assert scores[1] < scores[0]
-  short = finetune(folder / "hf", text, "checkpoints.every=2")
-  short.run(tmp_path / "short")
-  shutil.rmtree(tmp_path / "short/checkpoints/00000003")
-  again = short.run(tmp_path / "short")
+  place = copy(whole.workdir, newest=2)
+  again = finetune(folder / "hf", text, "checkpoints.every=2").run(place)
   assert pretrained.equal(jax.tree.leaves(again.params), jax.tree.leaves(whole.params))
-  rows = (tmp_path / "short/metrics.jsonl").read_text().splitlines()
+  rows = (place / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(row)["step"] for row in rows].count(0) == 1
 
 
-def test_a_run_is_a_pretrained_model_too(places, text, tmp_path):
-  folder, _ = places
-  result = finetune(folder / "hf", text).run(tmp_path / "run")
-  opened = open_model(tmp_path / "run")
+def test_a_run_is_a_pretrained_model_too(whole, tmp_path):
+  opened = open_model(whole.workdir)
   found = jax.tree.leaves(opened.params(decoder(opened.model)))
-  assert pretrained.equal(found, jax.tree.leaves(result.params))
+  assert pretrained.equal(found, jax.tree.leaves(whole.params))
   target = tmp_path / "hf"
-  report = Convert(source=str(tmp_path / "run"), target=str(target)).run()
+  report = Convert(source=str(whole.workdir), target=str(target)).run()
   assert report["largest difference after a round trip"] == 0.0
   back = open_model(target)
   assert back.model == pretrained.MODEL
-  assert back.tokenizer().encode("the king") == result.tokenizer.encode("the king")
+  assert back.tokenizer().encode("the king") == whole.tokenizer.encode("the king")
 
 
 def test_the_average_is_used_where_a_run_keeps_one(places, text, tmp_path, capsys):
@@ -117,13 +119,12 @@ def test_a_model_that_is_not_there(text, tmp_path):
     finetune(tmp_path / "absent", text)
 
 
-def test_the_same_rows_whatever_the_file(places, text, tmp_path):
+def test_the_same_rows_whatever_the_file(places, text, whole, tmp_path):
   """The packed rows come from the tokenizer and not from where it was kept."""
   folder, _ = places
-  counts = []
-  for form in ("hf", "x.gguf"):
-    run = finetune(folder / form, text)
-    assert isinstance(run.data.tokenizer, Pretrained)
-    result = run.run(tmp_path / form.replace(".", "-"))
-    counts.append(np.asarray([r["loss"] for r in result.rows if "loss" in r]))
-  np.testing.assert_array_equal(*counts)
+  runs = [finetune(folder / form, text) for form in ("hf", "x.gguf")]
+  assert all(isinstance(run.data.tokenizer, Pretrained) for run in runs)
+  results = (whole, runs[1].run(tmp_path / "gguf"))
+  losses = [[r["loss"] for r in result.rows if "loss" in r] for result in results]
+  assert len(losses[0]) == 3
+  np.testing.assert_array_equal(*losses)

@@ -3,6 +3,8 @@
 Each start costs some ten seconds, so one start serves several claims.
 """
 
+import contextlib
+import io
 import json
 import pathlib
 import shutil
@@ -68,14 +70,27 @@ def whole(start, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(text, tmp_path_factory):
-  """The run of one process, this one, with eight devices."""
-  workdir = tmp_path_factory.mktemp("single") / "w"
-  cfg = config.override(config.load(f"{TINY}:text={text}"), ["samples.tokens=4"])
+def killed(start, tmp_path_factory):
+  """(exit code, stderr, workdir) of such a run that lost a process after step 4."""
+  workdir = tmp_path_factory.mktemp("killed") / "w"
+  with contextlib.redirect_stderr(io.StringIO()) as err:
+    code, _ = start(workdir, 2, 2, hook=("kill=6", "process=1"))
+  return code, err.getvalue(), workdir
+
+
+def alone(workdir, text, *overrides):
+  """Runs the tiny config in one process, this one, with eight devices."""
+  cfg = config.override(config.load(f"{TINY}:text={text}"), [*overrides])
   noisy = mock.patch.object(objectives, "make_next_token", hooks.noisy)
   with noisy, jax.numpy_dtype_promotion("standard"):
     cfg.run(workdir)
   return workdir
+
+
+@pytest.fixture(scope="module")
+def single(text, tmp_path_factory):
+  """The run of one process."""
+  return alone(tmp_path_factory.mktemp("single") / "w", text, "samples.tokens=4")
 
 
 def require_near(one, other, steps=STEPS):
@@ -97,15 +112,15 @@ def test_the_first_process_alone_writes(whole):
   assert len(list((whole / "tensorboard").iterdir())) == 1
 
 
-def test_a_killed_process_ends_the_others_and_the_job_resumes_exactly(
-  start, whole, tmp_path, capfd
-):
-  workdir = tmp_path / "w"
-  code, _ = start(workdir, 2, 2, hook=("kill=6", "process=1"))
+def test_a_killed_process_ends_the_others(killed):
+  code, err, workdir = killed
   assert code == 75
-  err = capfd.readouterr().err
   assert "process 1 was lost (killed by SIGKILL); the others were stopped" in err
   assert max(losses(workdir)) < 8
+
+
+def test_the_job_resumes_exactly(start, whole, killed, copy):
+  workdir = copy(killed[2], newest=4)
   assert start(workdir, 2, 2)[0] == 0
   step = f"checkpoints/{STEPS:08d}"
   got, wanted = (hooks.leaves_of(place / step) for place in (workdir, whole))
@@ -115,17 +130,17 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes_exactly(
   assert losses(workdir) == losses(whole)
 
 
-def test_other_processes_and_meshes_go_on_from_its_checkpoint(start, single, tmp_path):
-  """Four processes stop when one of them is asked to; two and then one go on."""
-  workdir = tmp_path / "w"
-  seldom = "checkpoints.every=99"
-  term = ("term=2", "process=2")
-  assert start(workdir, 4, 1, seldom, hook=term)[0] == 0
+def test_other_processes_and_meshes_go_on_from_its_checkpoint(
+  start, single, killed, copy, text
+):
+  """Of two come four, over which tensors are split; asked to stop, they leave one."""
+  workdir = copy(killed[2], newest=4)
   assert steps_in(workdir / "checkpoints") == [4]
-  term = ("term=6", "process=1")
-  assert start(workdir, 2, 2, seldom, "mesh.tensor=2", hook=term)[0] == 0
+  seldom = "checkpoints.every=99"
+  term = ("term=6", "process=2")
+  assert start(workdir, 4, 1, seldom, "mesh.tensor=2", hook=term)[0] == 0
   assert steps_in(workdir / "checkpoints") == [4, 8]
-  assert start(workdir, 1, 8, seldom, "mesh.data=2", "mesh.tensor=2")[0] == 0
+  alone(workdir, text, seldom, "mesh.data=2", "mesh.tensor=2")
   require_near(single, workdir)
 
 
@@ -138,7 +153,7 @@ def test_two_processes_make_one_reference(tmp_path, monkeypatch):
   ]
   pairs.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
   spec = f"{HOOKS.with_name('tiny_pairs.py')}:pairs={pairs}"
-  alone = config.load(spec).run(tmp_path / "one").workdir
+  one = config.load(spec).run(tmp_path / "one").workdir
   for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
     monkeypatch.delenv(name, raising=False)
   words = [
@@ -146,14 +161,14 @@ def test_two_processes_make_one_reference(tmp_path, monkeypatch):
     f"--config.data.cache={tmp_path / 'rows'}",
   ]  # fmt: skip
   assert local.run(words, 2, 2) == 0
-  require_near(alone, tmp_path / "two", steps=4)
+  require_near(one, tmp_path / "two", steps=4)
   held_out = [
     {
       row["step"]: row["held_out/margin"]
       for row in read(place)
       if "held_out/margin" in row
     }
-    for place in (alone, tmp_path / "two")
+    for place in (one, tmp_path / "two")
   ]
   assert held_out[0].keys() == {2, 4}
   for step, margin in held_out[0].items():

@@ -104,11 +104,12 @@ def test_the_first_loss_is_that_of_no_preference_and_margins_rise(whole):
   assert min(losses[4:]) < 0.66
 
 
-def test_resume_in_the_middle_is_exact_to_the_bit(dpo, whole, tmp_path):
-  dpo(steps=3).run(tmp_path / "w")
-  again = dpo().run(tmp_path / "w")
+def test_resume_in_the_middle_is_exact_to_the_bit(dpo, whole, copy, capsys):
+  place = copy(whole.workdir, newest=3)
+  again = dpo().run(place)
+  assert "going on from the checkpoint of step 3" in capsys.readouterr().out
   assert again.step == STEPS
-  ours = hooks.leaves_of(tmp_path / "w" / "checkpoints" / f"{STEPS:08d}")
+  ours = hooks.leaves_of(place / "checkpoints" / f"{STEPS:08d}")
   theirs = hooks.leaves_of(whole.workdir / "checkpoints" / f"{STEPS:08d}")
   assert ours.keys() == theirs.keys()
   for name, leaf in theirs.items():
@@ -126,23 +127,20 @@ def test_a_pair_is_never_scored_twice(dpo, whole, tmp_path, capsys):
   assert (tmp_path / "other" / RECORD).exists()
 
 
-def test_other_weights_are_scored_anew(dpo, whole, tmp_path, capsys):
-  dpo(steps=1, seed=5).run(tmp_path / "other")
-  assert "reference: scoring" in capsys.readouterr().out
-
-
-def test_a_resumed_run_whose_first_weights_are_gone_is_refused(dpo, whole, tmp_path):
-  dpo(steps=2).run(tmp_path / "w")
-  record = tmp_path / "w" / RECORD
-  record.write_text(json.dumps({"weights": "0" * 32}))
+def test_a_resumed_run_whose_first_weights_are_gone_is_refused(dpo, whole, copy):
+  place = copy(whole.workdir, newest=3)
+  (place / RECORD).write_text(json.dumps({"weights": "0" * 32}))
   with pytest.raises(InputError, match=r"reference.json: this run's reference"):
-    dpo().run(tmp_path / "w")
+    dpo().run(place)
 
 
-def test_a_first_try_with_other_weights_leaves_nothing_behind(dpo, whole, tmp_path):
+def test_other_weights_are_scored_anew_and_leave_nothing_behind(
+  dpo, whole, tmp_path, capsys
+):
   """Stopped after the pass over the data, before a step: its record counts nothing."""
   workdir = tmp_path / "w"
   dpo(steps=1, seed=7).run(workdir)
+  assert "reference: scoring" in capsys.readouterr().out
   record = (workdir / RECORD).read_text()
   shutil.rmtree(workdir / "checkpoints")
   (workdir / "metrics.jsonl").write_text("")
@@ -152,25 +150,35 @@ def test_a_first_try_with_other_weights_leaves_nothing_behind(dpo, whole, tmp_pa
   assert first == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_files_that_are_gone_are_made_again_on_resuming(dpo, whole, tmp_path):
-  run = dpo(data=dataclasses.replace(dpo().data, cache=str(tmp_path / "own")))
-  dataclasses.replace(run, steps=3).run(tmp_path / "w")
-  for file in (tmp_path / "own").glob("*/*reference-*"):
+@pytest.fixture
+def own(dpo, whole, tmp_path):
+  """(the run with a copy of the cache, the copy)."""
+  data = dpo().data
+  place = shutil.copytree(data.cache, tmp_path / "own")
+  return dpo(data=dataclasses.replace(data, cache=str(place))), place
+
+
+def test_files_that_are_gone_are_made_again_on_resuming(own, whole, copy, capsys):
+  run, cache = own
+  gone = list(cache.glob("*/*reference-*"))
+  assert gone
+  for file in gone:
     file.unlink()
-  again = run.run(tmp_path / "w")
+  again = run.run(copy(whole.workdir, newest=3))
+  assert "reference: scoring" in capsys.readouterr().out
   trained = [row for row in steady(again.rows) if "loss" in row]
   assert trained == [row for row in steady(whole.rows) if "loss" in row]
 
 
-def test_a_damaged_file_is_refused(dpo, whole, tmp_path):
-  run = dpo(data=dataclasses.replace(dpo().data, cache=str(tmp_path / "own")))
-  dataclasses.replace(run, steps=1).run(tmp_path / "w")
-  (file,) = (tmp_path / "own").glob("*/0.train.reference-*.npy")
+def test_a_damaged_file_is_refused(own, whole, copy):
+  run, cache = own
+  key = json.loads((whole.workdir / RECORD).read_text())["weights"]
+  (file,) = cache.glob(f"*/0.train.reference-{key}*.npy")
   data = bytearray(file.read_bytes())
   data[-1000] ^= 1
   file.write_bytes(data)
   with pytest.raises(InputError, match=r"reference of 0.train in .* is damaged"):
-    run.run(tmp_path / "w")
+    run.run(copy(whole.workdir, newest=3))
 
 
 def test_the_fingerprint_is_of_values_and_not_of_layouts():

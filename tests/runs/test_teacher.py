@@ -1,6 +1,7 @@
 """Distillation in the one loop: beside the student, and stored beside the data."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -13,6 +14,9 @@ from jaxlm.models.spec import Precision
 from jaxlm.posttrain.distill import Distill
 from jaxlm.posttrain.divergence import Divergence
 from jaxlm.runs import plan
+from jaxlm.runs.assembled import assemble
+from jaxlm.runs.fields import Place, Placement, with_fields
+from jaxlm.runs.inputs import read_inputs
 from jaxlm.runs.teacher import open_teacher
 from jaxlm.sharding.mesh import Mesh, make_mesh
 from jaxlm.sharding.rules import Layout
@@ -21,6 +25,7 @@ from runs import hooks
 
 STEPS = 12
 MODES = {"beside": {}, "stored": {"top_k": 8}}
+ALL = {"top_k": 264}  # every id of the vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def teacher(tiny, tmp_path_factory):
   """The workdir of a run that learned a little."""
   workdir = tmp_path_factory.mktemp("teacher") / "w"
   with jax.numpy_dtype_promotion("standard"):
-    tiny("steps=40", "evaluate_every=40").run(workdir)
+    tiny("steps=40", "evaluate_every=40", "checkpoints.every=40").run(workdir)
   return str(workdir)
 
 
@@ -47,12 +52,23 @@ def distil(tiny, teacher, tmp_path_factory):
   return make
 
 
-@pytest.fixture(scope="module", params=MODES)
-def whole(request, distil, tmp_path_factory):
-  """(mode, the run without interruption)."""
-  workdir = tmp_path_factory.mktemp("whole") / "w"
-  with jax.numpy_dtype_promotion("standard"):
-    return request.param, distil(request.param).run(workdir)
+@pytest.fixture(scope="module")
+def whole_of(distil, tmp_path_factory):
+  """Gives a mode's run without interruption."""
+
+  @functools.cache
+  def run(mode):
+    workdir = tmp_path_factory.mktemp("whole") / "w"
+    with jax.numpy_dtype_promotion("standard"):
+      return distil(mode).run(workdir)
+
+  return run
+
+
+@pytest.fixture(params=MODES)
+def whole(request, whole_of):
+  """(mode, its run without interruption)."""
+  return request.param, whole_of(request.param)
 
 
 def losses(result):
@@ -70,28 +86,22 @@ def test_the_student_comes_nearer(whole):
   assert scores[1]["held_out/divergence"] < scores[0]["held_out/divergence"]
 
 
-def test_what_is_stored_bounds_the_whole_from_below(distil, tmp_path):
+def test_what_is_stored_bounds_the_whole_from_below(whole_of):
   """The first loss, of the same weights on the same rows."""
-  first = {}
-  for mode in MODES:
-    run = distil(mode, "steps=1", "evaluate_every=1")
-    first[mode] = losses(run.run(tmp_path / mode))[0]["divergence"]
+  first = {mode: losses(whole_of(mode))[0]["divergence"] for mode in MODES}
   assert 0.3 * first["beside"] < first["stored"] < first["beside"]
-  run = distil("stored", "steps=1", "evaluate_every=1", top_k=264)
-  every = losses(run.run(tmp_path / "all"))[0]["divergence"]
-  assert every == pytest.approx(first["beside"], rel=1e-5)
 
 
-def test_resume_is_exact_to_the_bit(whole, distil, tmp_path, capsys):
+def test_resume_is_exact_to_the_bit(whole, distil, copy, capsys):
   mode, wanted = whole
-  distil(mode, "steps=4").run(tmp_path / "w")
   capsys.readouterr()
-  again = distil(mode).run(tmp_path / "w")
-  assert ("teacher: log-probabilities found" in capsys.readouterr().out) == (
-    mode == "stored"
-  )
+  place = copy(wanted.workdir, newest=4)
+  again = distil(mode).run(place)
+  told = capsys.readouterr().out
+  assert "going on from the checkpoint of step 4" in told
+  assert ("teacher: log-probabilities found" in told) == (mode == "stored")
   assert again.step == STEPS
-  ours = hooks.leaves_of(tmp_path / "w" / "checkpoints" / f"{STEPS:08d}")
+  ours = hooks.leaves_of(place / "checkpoints" / f"{STEPS:08d}")
   theirs = hooks.leaves_of(wanted.workdir / "checkpoints" / f"{STEPS:08d}")
   # What trains, and nothing of the teacher.
   assert ours.keys() == theirs.keys()
@@ -100,22 +110,35 @@ def test_resume_is_exact_to_the_bit(whole, distil, tmp_path, capsys):
     np.testing.assert_array_equal(ours[name], leaf, strict=True, err_msg=name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_meshes_and_micro_batches_change_nothing(mode, distil, tmp_path):
-  one = distil(mode, "steps=3").run(tmp_path / "one")
+@pytest.mark.parametrize(("mode", "fields"), [("beside", {}), ("stored", ALL)])
+def test_meshes_micro_batches_and_storing_all_ids_change_nothing(
+  mode, fields, distil, whole_of, tmp_path
+):
   words = ("steps=3", "mesh.fsdp=2", "mesh.tensor=2", "mesh.context=2", "accumulate=2")
-  many = distil(mode, *words).run(tmp_path / "many")
-  assert len(losses(one)) == 3
-  for ours, theirs in zip(losses(many), losses(one), strict=True):
+  many = losses(distil(mode, *words, **fields).run(tmp_path / "many"))
+  one = losses(whole_of("beside"))[:3]
+  assert many[0]["divergence"] == pytest.approx(one[0]["divergence"], rel=1e-5)
+  for ours, theirs in zip(many, one, strict=True):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
 
 
 def test_other_temperatures_are_stored_apart(distil, tmp_path, capsys):
-  distil("stored", "steps=1").run(tmp_path / "a")
-  hot = Divergence(temperature=2.0)
-  distil("stored", "steps=1", divergence=hot).run(tmp_path / "b")
-  assert "teacher: scoring" in capsys.readouterr().out
+  layout = Layout(make_mesh(Mesh()))
+
+  def told(number, **fields):
+    """What is said where rows get the teacher's fields, before any training."""
+    run = distil("stored", **fields)
+    parts, corpus = assemble(run, layout), read_inputs(run, tmp_path).corpus
+    place = Place(tmp_path / number, Placement.of(layout, run.data), False)
+    place.workdir.mkdir()
+    capsys.readouterr()
+    with_fields(run, parts, corpus, place, pytest.fail)
+    return capsys.readouterr().out
+
+  told("a")
+  assert "teacher: scoring" not in told("b")
+  assert "teacher: scoring" in told("c", divergence=Divergence(temperature=2.0))
 
 
 def test_a_teacher_that_does_not_fit_is_refused(distil, tmp_path):
@@ -144,13 +167,13 @@ def test_the_plan_counts_the_teacher(distil):
   assert plan.report(plan.prepare(distil("stored"), target)).predicted.frozen == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_another_teacher_on_resuming_is_refused(mode, distil, tmp_path):
-  distil(mode, "steps=1").run(tmp_path / "w")
-  record = tmp_path / "w" / "teacher.json"
+def test_another_teacher_on_resuming_is_refused(whole, distil, copy):
+  mode, run = whole
+  place = copy(run.workdir, newest=4)
+  record = place / "teacher.json"
   record.write_text(json.dumps({"weights": "0" * 32}))
   with pytest.raises(InputError, match=r"this run's teacher was the weights 0000"):
-    distil(mode, "steps=2").run(tmp_path / "w")
+    distil(mode).run(place)
   record.unlink()
   with pytest.raises(InputError, match=r"teacher.json is gone"):
-    distil(mode, "steps=2").run(tmp_path / "w")
+    distil(mode).run(place)
