@@ -56,7 +56,7 @@ def describe(folder: epath.Path) -> Description:
   """
   file = folder / (MODEL if (folder / MODEL).exists() else "config.json")
   try:
-    read: Any = config.from_json(file.read_text())
+    read: Any = config.from_json(file.read_text(), defaults=True)
     if isinstance(read, Description):
       return read
     name = (folder / FAMILY).read_text() if (folder / FAMILY).exists() else None
@@ -149,4 +149,4 @@ def restore_arrays(place: epath.Path, target: PyTree, *, averaged: bool) -> PyTr
 
 def run_of(folder: epath.Path) -> Any:
   """Returns the config of the run whose workdir this is."""
-  return config.from_json((folder / "config.json").read_text())
+  return config.from_json((folder / "config.json").read_text(), defaults=True)

@@ -4,11 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,12 +18,13 @@ import xxhash
 from etils import epath
 
 from jaxlm import config, files
-from jaxlm.data.corpus import prepare
+from jaxlm.data.corpus import Corpus, prepare
 from jaxlm.data.spec import Data
+from jaxlm.data.tokenizers import notes
 from jaxlm.errors import InputError
 from jaxlm.models import count
 from jaxlm.runs import together, train
-from jaxlm.runs.workdir import held
+from jaxlm.runs.workdir import explained
 from jaxlm.scaling import budget
 from jaxlm.scaling.store import Row, Store
 from jaxlm.sharding import processes
@@ -37,6 +39,8 @@ EVERY = 10.0
 """Seconds between lines of progress."""
 PATIENCE = 5.0
 """Seconds between looks at runs that others do."""
+DONE, WAIT = -1, -2
+"""In place of a group's number."""
 PACKAGES = ("jaxlm", "jax", "flax", "optax")
 
 
@@ -70,8 +74,13 @@ class Sweep:
     if twice:
       places = [i for i, run in enumerate(self.runs) if key_of(run) == twice[0]]
       raise InputError(f"runs: {places} are the same run.")
-    if self.how == "together":
-      for index, run in enumerate(self.runs):
+    for index, run in enumerate(self.runs):
+      if not isinstance(run.objective, NextToken) or not run.data.held_out:
+        raise InputError(
+          f"runs.{index}: objective {type(run.objective).__name__}, data.held_out "
+          f"{run.data.held_out}; a row is the loss of the next token on held-out text."
+        )
+      if self.how == "together":
         try:
           together.check(run)
         except InputError as error:
@@ -85,22 +94,20 @@ class Sweep:
     """
     workdir = files.absolute(workdir)
     files.require_local(workdir, "--workdir")
-    doing = Doing(self, workdir)
-    doing.check()
-    waited = False
-    while left := [group for group in self.groups() if doing.missing(group)]:
+    if self.how == "together" and not processes.alone():
+      raise InputError(
+        "--pod: several processes; runs of one program have one. Start the sweep with "
+        "--pod=none on every host, or give how=alone."
+      )
+    processes.require_same("config", config.to_json(self))
+    with processes.first_speaks(), explained(workdir):
+      doing = Doing(self, workdir)
+      while doing.next() and not doing.stopped:
+        pass
       print(doing.progress())
-      done = [group for group in left if doing.do(group)]
       if doing.stopped:
         print(f"stopped by {doing.stopped}. The same command goes on from there.")
-        break
-      if not done:
-        if not waited:
-          print("the runs that are left are being done by others; waiting for them")
-        waited = True
-        time.sleep(PATIENCE)
     rows = [doing.store.row(key_of(run)) for run in self.runs]
-    print(doing.progress())
     return [row for row in rows if row is not None]
 
   def planned(self) -> list[Row]:
@@ -155,15 +162,27 @@ class Doing:
     self._corpora = {}
     for index, run in enumerate(sweep.runs):
       if run.data not in self._corpora:
-        self._corpora[run.data] = prepare(self._data(run), workdir / "data")
+        self._corpora[run.data] = self._corpus(run)
       found = self._corpora[run.data].tokenizer.vocab
       if run.model.vocab < found:
         raise InputError(
           f"runs.{index}.model.vocab: {run.model.vocab} ids are fewer than the "
           f"tokenizer's {found}. Use at least that."
         )
+    self._groups = sweep.groups()
     self._programs: dict[tuple[str, int], together.Program] = {}
     self._seconds = self._done = 0.0
+    processes.lead("rows", self.check)
+
+  def _corpus(self, run: train.Train) -> Corpus:
+    """Returns the text of a run; the first process makes the cache."""
+    data, place = self._data(run), self.workdir / "data"
+    corpus = processes.lead("data", lambda: prepare(data, place))
+    corpus = corpus or prepare(data, place)
+    print(corpus.report)
+    for note in notes(corpus.tokenizer):
+      print(note)
+    return corpus
 
   def check(self) -> None:
     """Raises InputError where a row is of other text than its run would read now."""
@@ -189,32 +208,59 @@ class Doing:
       line += f"; at this speed the others take {rest / 60:.1f} min"
     return line
 
-  def do(self, group: Sequence[train.Train]) -> bool:
-    """Does what is missing of a group; returns whether it was this program's to do."""
-    with self._claimed(group) as mine:
-      # Another may have ended it between the last look and the claim.
-      runs = self.missing(group) if mine else []
-      if runs:
-        began, shape = time.perf_counter(), runs[0]
-        counts, tokens = count.parameters(shape.model), shape.steps * _tokens(shape)
-        print(
-          f"{len(runs)} x {counts.total:,} parameters, {shape.steps} steps, "
-          f"{tokens:,} tokens: {', '.join(map(key_of, runs))}"
-        )
-        if self.sweep.how == "together":
-          self._together(runs)
-        else:
-          self._alone(runs[0])
-        self._seconds += time.perf_counter() - began
-        self._done += sum(map(_work, runs))
-        print(self.progress(), flush=True)
-      return mine
+  def next(self) -> bool:
+    """Does the runs of one group; returns whether there may be more to do.
 
-  def _together(self, runs: list[train.Train]) -> None:
+    The first process chooses and claims; those that others have are waited for.
+    """
+    with contextlib.ExitStack() as claims:
+      chosen = processes.lead("sweep", lambda: self._choose(claims)) or (0, ())
+      index = processes.from_first(chosen[0])
+      if index == DONE:
+        return False
+      if index == WAIT:
+        print("the runs that are left are being done by others; waiting for them")
+        time.sleep(PATIENCE)
+        return True
+      # Alone a group is one run; together there is one process.
+      self.do(chosen[1] or self._groups[index])
+    return True
+
+  def _choose(
+    self, claims: contextlib.ExitStack
+  ) -> tuple[int, tuple[train.Train, ...]]:
+    """Returns the number of a group, and those of its runs that are ours to do."""
+    left = False
+    for index, group in enumerate(self._groups):
+      missing = self.missing(group)
+      left = left or bool(missing)
+      mine = [run for run in missing if self._claimed(run, claims)]
+      # Another may have ended one between the look and the claim.
+      if runs := tuple(self.missing(mine)):
+        return index, runs
+    return (WAIT if left else DONE), ()
+
+  def do(self, runs: Sequence[train.Train]) -> None:
+    """Does runs of one shape and length, and keeps their rows."""
+    began, shape = time.perf_counter(), runs[0]
+    counts, tokens = count.parameters(shape.model), shape.steps * _tokens(shape)
+    print(
+      f"{len(runs)} x {counts.total:,} parameters, {shape.steps} steps, {tokens:,} "
+      f"tokens: {', '.join(map(key_of, runs))}"
+    )
+    if self.sweep.how == "together":
+      self._together(runs)
+    else:
+      self._alone(runs[0])
+    self._seconds += time.perf_counter() - began
+    self._done += sum(map(_work, runs))
+    print(self.progress(), flush=True)
+
+  def _together(self, runs: Sequence[train.Train]) -> None:
     shape = (config.to_json(together.alike(runs[0])), len(runs))
     if shape not in self._programs:
       self._programs[shape] = together.Program(runs[0], len(runs), self.sweep.dispatch)
-      print(f"  compiled in {self._programs[shape].compile_seconds:.1f} s")
+      print(self._programs[shape].describe())
     said = time.monotonic()
 
     def say(step: int, losses_R: np.ndarray) -> None:
@@ -274,16 +320,16 @@ class Doing:
       self.store.add(key_of(run), row | other)
     processes.meet("row")
 
-  @contextlib.contextmanager
-  def _claimed(self, group: Sequence[train.Train]) -> Iterator[bool]:
-    """Gives whether this program alone has the group, for as long as this lasts."""
-    with contextlib.ExitStack() as stack:
-      mine = True
-      try:
-        stack.enter_context(held(self.workdir / "claims" / key_of(group[0])))
-      except InputError:
-        mine = False
-      yield bool(processes.from_first(int(mine)))
+  def _claimed(self, run: train.Train, claims: contextlib.ExitStack) -> bool:
+    """Takes a run for this program, until the claims are given back, if it is free."""
+    place = self.workdir / "claims"
+    place.mkdir(parents=True, exist_ok=True)
+    file = claims.enter_context((place / key_of(run)).open("a"))
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+    return True
 
 
 def facts(run: train.Train) -> Row:

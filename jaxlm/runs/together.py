@@ -6,6 +6,7 @@ compiled once for a shape. Every run sees the same batches.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,11 +19,14 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.loader import Loader, in_order
 from jaxlm.errors import InputError
 from jaxlm.evaluation.bits_per_byte import Scores, make_evaluate
+from jaxlm.launch import xla
+from jaxlm.launch.chips import chip_of
+from jaxlm.runs import summary
 from jaxlm.runs.assembled import Assembled, assemble
 from jaxlm.runs.samples import Samples
 from jaxlm.shapes import Array, Float
-from jaxlm.sharding import processes
 from jaxlm.sharding.mesh import Mesh, make_mesh
+from jaxlm.sharding.placement import check_batch
 from jaxlm.sharding.rules import Layout
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.checkpoints import Checkpoints
@@ -42,7 +46,7 @@ class Outcome(NamedTuple):
   scores: Scores | None
   """On the held-out text; None: the run diverged, or nothing is held out."""
   diverged_at: int | None
-  """The first step whose loss was not finite."""
+  """The first step whose loss, gradient or score was not finite."""
   seconds: float
   """Its share of the training of the group."""
 
@@ -70,20 +74,12 @@ def check(run: "Train") -> None:
         f"{field}: {getattr(run, field)}; runs of one program cannot have it. Give "
         "how=alone to the sweep."
       )
-  if not isinstance(run.objective, NextToken):
-    raise InputError(
-      f"objective: {type(run.objective).__name__}; runs of one program predict the "
-      "next token. Give how=alone to the sweep."
-    )
+  if not 0 <= run.seed < 2**31:
+    raise InputError(f"seed: {run.seed} is not in 0 <= seed < 2^31.")
   if run.mesh not in (Mesh(), Mesh(fsdp=1)):
     raise InputError(
       f"mesh: {run.mesh}; runs of one program share one device. Leave it out, or give "
       "how=alone to the sweep."
-    )
-  if not processes.alone():
-    raise InputError(
-      f"--pod: {jax.process_count()} processes; runs of one program have one. Start "
-      "the sweep with --pod=none on every host, or give how=alone."
     )
 
 
@@ -98,7 +94,11 @@ class Program:
     """
     began = time.perf_counter()
     layout = Layout(make_mesh(Mesh(fsdp=1), jax.devices()[:1]), run.sharding)
+    check_batch(layout, run.data.batch, run.data.seq_len, run.accumulate)
     self.parts: Assembled = assemble(run, layout)
+    self._options = xla.options(
+      chip_of(layout.mesh.devices.flat[0].device_kind), run.compiler
+    )
     self.dispatch = dispatch
     self._run, self._axes = run, axes_of(self.parts.decoder)
     self.first = jax.jit(jax.vmap(self._draw))
@@ -110,9 +110,25 @@ class Program:
     rates_KR = jax.ShapeDtypeStruct((dispatch, runs), jnp.float32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     steps = jax.jit(self._steps, donate_argnums=0)
-    self.steps = steps.lower(states, rates_KR, batches, count).compile()
+    with run.products(), xla.explained():
+      self.lowered = steps.lower(states, rates_KR, batches, count)
+      self.steps = self.lowered.compile(compiler_options=self._options or None)
     self.compile_seconds = time.perf_counter() - began
     self._scores: Any = None
+
+  def describe(self) -> str:
+    """Returns what was chosen, as a run says it at its start."""
+    parts, run = self.parts, self._run
+    return "\n".join(
+      [
+        summary.describe_rules(run.optimizer, parts.plan.shapes.params, run.init_scale),
+        summary.describe_attention(parts.decoder, run.data.seq_len),
+        f"remat: {run.remat}; parameters {run.precision.params}, computation "
+        f"{run.precision.compute}",
+        xla.describe(self._options),
+        f"compiled in {self.compile_seconds:.1f} s",
+      ]
+    )
 
   def _draw(self, seed: Array) -> TrainState:
     key, rng = jax.random.split(jax.random.key(seed))
@@ -121,14 +137,15 @@ class Program:
     return started(params, self.parts.optimizer.transform, rng, ema=average)
 
   def _one(self, state: TrainState, rate: Array, batch: Any) -> Any:
-    """Returns the state after a step, and its loss."""
+    """Returns the state after a step, and its loss: NaN where the gradient is none."""
     run = self._run
     optimizer = optimizers.at_rate(run.optimizer, lambda _: rate, self._axes)
     step = make_step(
       self.parts.task, optimizer, micro_batches=run.accumulate, ema_decay=run.ema
     )
     state, metrics = step(state, batch)
-    return state, metrics["loss"]
+    finite = jnp.isfinite(metrics["grad_norm"])
+    return state, jnp.where(finite, metrics["loss"], jnp.nan)
 
   def _steps(
     self, states: TrainState, rates_KR: Array, batches: Any, count: Array
@@ -155,7 +172,8 @@ class Program:
       assert isinstance(objective, NextToken)
       self._scores = make_evaluate(self.parts.decoder, lengths, chunk=objective.chunk)
     params = state.params if state.ema is None else state.ema
-    return self._scores(params, in_order(corpus.held_out, data.batch))
+    with self._run.products():
+      return self._scores(params, in_order(corpus.held_out, data.batch))
 
 
 def train(
@@ -205,6 +223,8 @@ def train(
     if diverged_at is None:
       state = jax.tree.map(lambda leaf, at=r: leaf[at], states)
       scores = program.scores(state, corpus)
+      if scores is not None and not all(map(math.isfinite, scores.values())):
+        diverged_at, scores = steps, None
     losses = dict(enumerate(map(float, losses_SR[:, r]), 1))
     outcomes.append(Outcome(losses, scores, diverged_at, seconds))
   return outcomes

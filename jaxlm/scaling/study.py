@@ -53,8 +53,11 @@ class Study(NamedTuple):
   @property
   def per(self) -> float:
     """FLOPs over N D: 6 by the rule, more with attention and the head."""
-    ratios = [r["flops"]["causal"] / r["parameters"] / r["tokens"] for r in self.rows]
-    return math.exp(float(np.mean(np.log(ratios))))
+    return math.exp(float(np.mean(np.log(self._ratios))))
+
+  @property
+  def _ratios(self) -> list[float]:
+    return [r["flops"]["causal"] / r["parameters"] / r["tokens"] for r in self.rows]
 
   def predict(self, row: Row) -> intervals.Prediction:
     """Returns the loss of another run by approach 3, with intervals."""
@@ -63,6 +66,8 @@ class Study(NamedTuple):
   def compare(self, row: Row) -> str:
     """Returns what was foretold of another run, and what it reached."""
     told, loss = self.predict(row), row["loss"]
+    if loss is None:
+      return f"it diverged at step {row['diverged_at']}; {told.loss:.4f} was predicted"
     largest = max(flops for flops, _ in self.budgets)
     flops = row["flops"]["causal"]
     least = f"; {self.least}"
@@ -132,6 +137,10 @@ class Study(NamedTuple):
       f"  of log losses the fit leaves {self.fit.rms:.2%} (rms), R2 {self.fit.r2:.4f}; "
       f"{self.fit.agreeing:.0%} of the starts end there"
     )
+    lines.append(
+      f"  FLOPs are {min(self._ratios):.2f} to {max(self._ratios):.2f} times N D; the "
+      f"surface's frontier takes {self.per:.2f} at every size"
+    )
     lines.append("N grows as C^a:")
     for name, found in self.frontiers.items():
       lines.append(f"  {name}: {_exponent(found)}")
@@ -174,7 +183,9 @@ def study(rows: Sequence[Row], *, samples: int, seed: int) -> Study:
     if len(np.unique(each.parameters)) > 2
   ]
   curves = [
-    isoflop.curve(row["parameters"], *_curve(row)) for row in kept if row["curve"]
+    isoflop.curve(row["parameters"], *_curve(row))
+    for row in kept
+    if len(row["curve"]) > 1
   ]
   return Study(
     rows=kept,
@@ -210,15 +221,31 @@ def _tried(make: Any) -> Any:
 
 
 def best_of(rows: Sequence[Row]) -> list[Row]:
-  """Returns of each size and length the row with the least loss."""
-  found: dict[tuple[int, int], Row] = {}
-  for row in rows:
-    place = row["parameters"], row["tokens"]
-    if row["loss"] is not None and (
-      place not in found or row["loss"] < found[place]["loss"]
-    ):
-      found[place] = row
-  return list(found.values())
+  """Returns of each size and length the row of the best learning rate.
+
+  Its loss is the mean over the seeds that had this rate.
+
+  Raises:
+    InputError: the rows are of several texts or lengths of a row, whose losses do not
+      compare.
+  """
+  for field in ("corpus", "seq_len"):
+    if len(found := sorted({row[field] for row in rows})) > 1:
+      raise InputError(
+        f"rows: of {field} {found}; one is accepted. Choose rows of one."
+      )
+  ended = [row for row in rows if row["loss"] is not None]
+  seeds: dict[tuple, list[Row]] = {}
+  for row in ended:
+    at = row["parameters"], row["tokens"], row["batch"], row["optimizer"], row["peak"]
+    seeds.setdefault(at, []).append(row)
+  best: dict[tuple, Row] = {}
+  for at, same in seeds.items():
+    mean = same[0] | {"loss": float(np.mean([row["loss"] for row in same]))}
+    place = at[:2]
+    if place not in best or mean["loss"] < best[place]["loss"]:
+      best[place] = mean
+  return list(best.values())
 
 
 def points_of(rows: Sequence[Row]) -> Points:
@@ -323,8 +350,11 @@ def choose_peak(
   except InputError as error:
     if not tuned:
       raise InputError("tuned: none; give rows of three learning rates.") from error
-    near = min(tuned, key=lambda each: abs(math.log(each.tokens / tokens)))
-    return near.best.x, f"that of the run with {near.tokens:,} tokens, for {error}"
+    among = [each for each in tuned if each.best.trusted] or tuned
+    near = min(among, key=lambda each: abs(math.log(each.tokens / tokens)))
+    edge = "" if near.best.trusted else ", AT THE EDGE of the rates tried"
+    why = f"that of the run with {near.tokens:,} tokens{edge}, for {error}"
+    return near.best.x, why
   value = float(law.predict(parameters=parameters, tokens=tokens))
   n, d = law.exponents["parameters"], law.exponents["tokens"]
   return value, f"{law.scale:.3g} x N^{n:.2f} x D^{d:.2f}, within {law.rms:.0%} (rms)"

@@ -5,6 +5,10 @@ Maximal update parametrization (Yang et al. 2022, tables 3 and 8; with depth Dey
 much wider each matrix is than in a base model, so that what every parameter does to the
 network's function in a step stays the same size. The learning rate that is best for the
 base is then best for all widths. At the base's own size the rules change nothing.
+
+Of these papers' tables AdamW's eps is left out: it stays, which matters only where
+gradients are near it. Weight decay is scaled so that its product with the learning rate
+is the base's.
 """
 
 import dataclasses
@@ -17,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import config
 from jaxlm.errors import InputError
 from jaxlm.models.decoder import Decoder, logits
 from jaxlm.models.spec import GQA, LM, Block, Precision
@@ -31,6 +36,7 @@ from jaxlm.training.state import First, TrainState, axes_of, create
 from jaxlm.training.step import make_step
 from jaxlm.trees import named_leaves
 
+OUTPUTS = ("mixer/o$", "mlp/down$")
 PARTS = ("embed", "mixer", "mlp", "final_norm")
 """Modules that the coordinate check looks at."""
 
@@ -63,7 +69,7 @@ class Parametrization:
     return (*((rule.pattern, rule.init) for rule in self.rules), *ALL)
 
   def optimizer(self, spec: Spec) -> Spec:
-    """Returns the optimizer with the rules in front of its own.
+    """Returns the optimizer with the rules; factors of its own decay are multiplied.
 
     Raises:
       InputError: it has rules for learning rates already.
@@ -73,10 +79,15 @@ class Parametrization:
         f"optimizer.lr_scale: {spec.lr_scale}; muP's rules take its place. Leave it "
         "out."
       )
-    decay = tuple((rule.pattern, rule.decay) for rule in self.rules)
     lr_scale = tuple((rule.pattern, rule.lr) for rule in self.rules)
+    # Of the names that a rule takes, those that each of the user's patterns takes.
+    decay = tuple(
+      (f"^(?=.*(?:{rule.pattern}))(?=.*(?:{pattern}))", rule.decay * factor)
+      for rule in self.rules
+      for pattern, factor in spec.decay
+    )
     return dataclasses.replace(
-      spec, decay=(*_undecayed(spec), *decay, *spec.decay), lr_scale=(*lr_scale, *ALL)
+      spec, decay=(*decay, *spec.decay), lr_scale=(*lr_scale, *ALL)
     )
 
   def describe(self) -> str:
@@ -90,57 +101,50 @@ class Parametrization:
     )
 
 
-def _undecayed(spec: Spec) -> Factors:
-  """Returns the optimizer's rules that keep parameters out of decay."""
-  return tuple((pattern, factor) for pattern, factor in spec.decay if factor == 0)
+class Sizes(NamedTuple):
+  """What the matrices of a block sum over and give."""
+
+  stream: int
+  queries: int
+  keys: int
+  hidden: int
+  head_dim: int
 
 
-class Ratios(NamedTuple):
-  """How many times larger a model is than its base."""
-
-  dim: float
-  """Width of the stream: what q, k, v, gate, up and the head sum over."""
-  heads: float
-  """Heads times their dim: what the output of attention sums over."""
-  hidden: float
-  """Hidden units: what down sums over."""
-  head_dim: float
-  """What a score sums over."""
-  depth: float
-  """Blocks."""
+def _sizes(model: LM, block: Block) -> Sizes:
+  mixer, hidden = block.mixer, 0 if block.mlp is None else block.mlp.hidden
+  queries, keys = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+  return Sizes(model.dim, queries, keys, hidden, mixer.head_dim)
 
 
-def ratios(model: LM, base: LM) -> Ratios:
-  """Returns how much larger a model is.
+def _check_alike(model: LM, base: LM) -> None:
+  """Raises InputError where two models differ in more than sizes."""
+  if model.scores is not None:
+    raise InputError(f"scores: {model.scores}; muP's rules here are of logits alone.")
 
-  Raises:
-    InputError: the two differ in more than sizes, or their blocks grow unlike.
-  """
-  pairs = list(zip((*model.prefix, *model.pattern), (*base.prefix, *base.pattern)))  # noqa: B905
+  def sized(block: Block, other: Block) -> Block:
+    sizes = {
+      name: getattr(other.mixer, name) for name in ("heads", "kv_heads", "head_dim")
+    }
+    mlp = block.mlp
+    if mlp is not None and other.mlp is not None:
+      mlp = dataclasses.replace(mlp, hidden=other.mlp.hidden)
+    mixer = dataclasses.replace(block.mixer, **sizes)
+    return dataclasses.replace(block, mixer=mixer, mlp=mlp)
+
   if len(model.pattern) != len(base.pattern) or len(model.prefix) != len(base.prefix):
     raise InputError("base: has another prefix or pattern of blocks than the model.")
-  found = {_ratio(a, b) for a, b in pairs}
-  if len(found) != 1:
+  like = dataclasses.replace(
+    model,
+    dim=base.dim,
+    repeats=base.repeats,
+    prefix=tuple(map(sized, model.prefix, base.prefix)),
+    pattern=tuple(map(sized, model.pattern, base.pattern)),
+  )
+  if found := config.differences(base, like):
     raise InputError(
-      f"base: the blocks grow unlike, by {sorted(found)}; one is needed."
+      "base: differs from the model in more than sizes: " + "; ".join(found)
     )
-  ((heads, hidden, head_dim),) = found
-  for a, b in ((model, base), (base, model)):
-    if a.embed_scale != b.embed_scale or a.head != b.head:
-      raise InputError("base: its embed_scale or head is another than the model's.")
-  depth = len(model.blocks) / len(base.blocks)
-  return Ratios(model.dim / base.dim, heads, hidden, head_dim, depth)
-
-
-def _ratio(block: Block, base: Block) -> tuple[float, float, float]:
-  mixer, other = block.mixer, base.mixer
-  hidden = 1.0
-  if (block.mlp is None) != (base.mlp is None):
-    raise InputError("base: one of the two has blocks without an MLP.")
-  if block.mlp is not None and base.mlp is not None:
-    hidden = block.mlp.hidden / base.mlp.hidden
-  wide = mixer.heads * mixer.head_dim / (other.heads * other.head_dim)
-  return wide, hidden, mixer.head_dim / other.head_dim
 
 
 def standard(model: LM) -> Parametrization:
@@ -154,8 +158,8 @@ def mup(
   """Returns a model under muP.
 
   Args:
-    model: as its size says, without multipliers of its own.
-    base: the model that the settings were found for.
+    model: as its size says; multipliers are those of the base, and are multiplied.
+    base: the model that the settings were found for; it differs in sizes alone.
     optimizer: AdamW and Lion move every entry by the learning rate, so a matrix that
       sums over n times as many inputs gets 1/n of it. Muon's update has the root mean
       square of AdamW's and full rank, so its rate falls with the root of the width.
@@ -172,48 +176,79 @@ def mup(
     )
   if depth is not None and not 0.5 <= depth <= 1:
     raise InputError(f"depth: {depth} is not from 0.5 to 1; None leaves depth alone.")
-  r = ratios(model, base)
-  deep = r.depth ** (depth - 1) if depth is not None else 1.0
+  _check_alike(model, base)
+  depth_ratio = len(model.blocks) / len(base.blocks)
+  deep = depth_ratio ** (depth - 1) if depth is not None else 1.0
   # The first values of branch outputs shrink with depth already; here branches do.
-  first = 1.0 if depth is None else math.sqrt(r.depth)
+  first = 1.0 if depth is None else math.sqrt(depth_ratio)
 
-  def matrix(names: str, init: float, inputs: float, outputs: float) -> Rule:
-    if optimizer is Muon:
-      lr = math.sqrt(outputs / inputs / max(inputs, outputs))
-    else:
-      lr = 1 / inputs
-    return Rule(names, init, lr * deep, 1 / (lr * deep))
+  def rates(block: Block, other: Block) -> tuple[float, ...]:
+    new, old = _sizes(model, block), _sizes(base, other)
+    shapes = [(0, 1), (0, 2), (1, 0), (0, 3), (3, 0)]
+    return tuple(
+      _rate(optimizer, (new[i], new[o]), (old[i], old[o])) for i, o in shapes
+    )
 
-  rules = [
-    matrix(r"mixer/(q|k|v)$", 1.0, r.dim, r.heads),
-    matrix(r"mixer/o$", first, r.heads, r.dim),
-    matrix(r"mlp/(gate|up)$", 1.0, r.dim, r.hidden),
-    matrix(r"mlp/down$", first, r.hidden, r.dim),
+  pairs = [
+    *zip(model.prefix, base.prefix, strict=True),
+    *zip(model.pattern, base.pattern, strict=True),
   ]
+  found = {rates(*pair) for pair in pairs}
+  if len(found) != 1:
+    raise InputError(
+      f"base: the blocks grow unlike; their matrices' rates would be {sorted(found)}, "
+      "and one of each kind is accepted."
+    )
+  names = ("mixer/q$", "mixer/(k|v)$", "mixer/o$", "mlp/(gate|up)$", "mlp/down$")
+  rules = [
+    Rule(name, first if name in OUTPUTS else 1.0, rate * deep, 1 / (rate * deep))
+    for name, rate in zip(names, found.pop(), strict=True)
+  ]
+  wide = model.dim / base.dim
   if model.head == "untied":
     # Drawn as wide as the base's; the multiplier on logits does the rest.
-    rules.append(Rule(r"^head$", math.sqrt(r.dim), 1.0, 1.0))
+    rules.append(Rule(r"^head$", math.sqrt(wide), 1.0, 1.0))
   if deep != 1:
     rules.append(Rule(r"^(layers|prefix_\d+)/.*(scale|bias)$", 1.0, deep, 1.0))
-  return Parametrization(model=_multiplied(model, base, r, depth), rules=tuple(rules))
+  branch = 1.0 if depth is None else depth_ratio**-depth
+  return Parametrization(model=_multiplied(model, base, branch), rules=tuple(rules))
 
 
-def _multiplied(model: LM, base: LM, r: Ratios, depth: float | None) -> LM:
+def _rate(optimizer: type[Spec], new: tuple[int, int], old: tuple[int, int]) -> float:
+  """Returns the factor on the rate of a matrix (inputs, outputs) against its base's.
+
+  An update of entries like AdamW's, in line with its input, grows with the inputs. Of
+  Muon's the largest singular value is the root of the longer side (to_rms), and the
+  root of outputs over inputs is wanted.
+  """
+  if 0 in (*new, *old):  # no MLP
+    return 1.0
+  if optimizer is not Muon:
+    return old[0] / new[0]
+
+  def wanted(inputs: int, outputs: int) -> float:
+    return math.sqrt(outputs / inputs / max(inputs, outputs))
+
+  return wanted(*new) / wanted(*old)
+
+
+def _multiplied(model: LM, base: LM, branch: float) -> LM:
   """Returns the model with its multipliers."""
 
   def changed(block: Block, other: Block) -> Block:
     mixer: GQA = block.mixer
-    if r.head_dim != 1:
+    if mixer.head_dim != other.mixer.head_dim:
       scale = other.mixer.scale or other.mixer.head_dim**-0.5
-      mixer = dataclasses.replace(mixer, scale=scale / r.head_dim)
-    factor = other.residual_scale * (1.0 if depth is None else r.depth**-depth)
+      scale *= other.mixer.head_dim / mixer.head_dim
+      mixer = dataclasses.replace(mixer, scale=scale)
+    factor = block.residual_scale * branch
     return dataclasses.replace(block, mixer=mixer, residual_scale=factor)
 
   return dataclasses.replace(
     model,
     prefix=tuple(map(changed, model.prefix, base.prefix)),
     pattern=tuple(map(changed, model.pattern, base.pattern)),
-    logit_scale=base.logit_scale / r.dim,
+    logit_scale=model.logit_scale * base.dim / model.dim,
   )
 
 

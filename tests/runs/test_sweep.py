@@ -1,5 +1,6 @@
 """A sweep from the outside: every run once, whatever interrupts it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,8 +16,7 @@ import pytest
 from jaxlm import config
 from jaxlm.errors import InputError
 from jaxlm.models import count
-from jaxlm.runs import sweep, together
-from jaxlm.runs.workdir import held
+from jaxlm.runs import sweep, together, train
 from jaxlm.scaling.store import Store
 from jaxlm.training.checkpoints import Checkpoints
 from runs import tiny_sweep
@@ -119,12 +119,54 @@ def test_a_sweep_that_is_killed_goes_on(text, cache, make, tmp_path):
   assert {name: after[name] for name in before} == before
 
 
-def test_runs_that_another_program_has_are_left_to_it(make, tmp_path):
-  doing = sweep.Doing(make, tmp_path)
-  group = make.groups()[0]
-  with held(tmp_path / "claims" / sweep.key_of(group[0])):
-    assert not doing.do(group)
-  assert doing.store.rows() == []
+def test_runs_that_another_program_has_are_left_to_it(make, tmp_path, monkeypatch):
+  """Whatever groups the other makes."""
+  monkeypatch.setattr(sweep, "PATIENCE", 0)
+  done = []
+  monkeypatch.setattr(sweep.Doing, "do", lambda self, runs: done.append(runs))
+  one, other = (sweep.Doing(make, tmp_path) for _ in range(2))
+  with contextlib.ExitStack() as claims:
+    index, mine = one._choose(claims)
+    assert (index, len(mine)) == (0, 4)
+    assert other.next()
+    assert done == [make.groups()[1]]
+    again = sweep.Doing(dataclasses.replace(make, most=3), tmp_path)
+    assert again.next()
+    assert [len(runs) for runs in done] == [4, 3]
+    done.clear()
+    busy = sweep.Doing(dataclasses.replace(make, runs=make.runs[:4]), tmp_path)
+    assert busy.next()  # it waits
+    assert done == []
+  assert other.next()
+  assert done == [make.groups()[0]]
+
+
+def test_a_signal_ends_the_sweep(make, tmp_path, monkeypatch):
+  begun = []
+
+  def stopped(self, workdir):
+    begun.append(workdir)
+    return train.Result(workdir, 3, "SIGTERM", None, None, None, [])
+
+  monkeypatch.setattr(train.Train, "run", stopped)
+  rows = dataclasses.replace(make, how="alone").run(tmp_path)
+  assert len(begun) == 1
+  assert rows == []
+
+
+def test_a_score_that_is_not_finite_is_a_divergence(make, tmp_path, monkeypatch):
+  bad = {"held_out/nll": float("nan"), "held_out/bits_per_byte": 1.0}
+  monkeypatch.setattr(together.Program, "scores", lambda *_: bad)
+  few = dataclasses.replace(make, runs=make.runs[:1])
+  (row,) = few.run(tmp_path)
+  assert (row["loss"], row["diverged_at"]) == (None, 6)
+
+
+def test_what_a_program_chose_is_told(make, tmp_path, capsys):
+  dataclasses.replace(make, runs=make.runs[:1]).run(tmp_path)
+  said = capsys.readouterr().out
+  for words in ("decay x", "attention:", "remat: none", "compiled in", "documents"):
+    assert words in said
 
 
 def test_rows_of_other_text_are_refused(make, done, tmp_path):
@@ -146,11 +188,17 @@ def test_a_run_that_diverges_has_a_row_that_says_so(text, cache, tmp_path):
   ("change", "words"),
   [
     ({"runs": ()}, "runs: none"),
+    ({"how": "alone", "held": 0.0}, "runs.0: objective NextToken, data.held_out 0.0"),
     ({"most": 0}, "most: 0 is under 1"),
     ({"dispatch": 0}, "dispatch: 0 is under 1"),
   ],
 )
 def test_bad_sweeps(make, change, words):
+  change = dict(change)
+  if (held := change.pop("held", None)) is not None:
+    run = make.runs[0]
+    data = dataclasses.replace(run.data, held_out=held)
+    change["runs"] = (dataclasses.replace(run, data=data),)
   with pytest.raises(InputError, match=words):
     dataclasses.replace(make, **change)
 

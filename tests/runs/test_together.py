@@ -56,6 +56,17 @@ def test_each_has_the_losses_and_scores_of_the_run_alone(
   assert outcome.diverged_at is None
 
 
+def test_float32_means_float32_on_any_machine(program):
+  """Accelerators would round the factors of products."""
+  products = [
+    line for line in program.lowered.as_text().splitlines() if "dot_general" in line
+  ]
+  assert products
+  assert [
+    line for line in products if "precision = [HIGHEST, HIGHEST]" not in line
+  ] == []
+
+
 def test_seeds_and_rates_make_a_difference(found):
   a, b, c, _ = found[0]
   assert a.losses[1] != b.losses[1]  # other first parameters
@@ -96,6 +107,7 @@ def test_a_program_serves_any_schedule_and_length(program, text, cache, tmp_path
   [
     ({"initial": "model"}, "initial: model; runs of one program cannot"),
     ({"mesh": Mesh(tensor=2)}, "mesh: .*share one device"),
+    ({"seed": 2**31}, "seed: 2147483648"),
   ],
 )
 def test_what_one_program_cannot_do_is_refused(change, words, text, cache):

@@ -38,7 +38,7 @@ def row(size, flops, peak, noise=0.0):
     "flops": {"causal": PER * size * tokens, "all": 6.0 * size * tokens},
     "dim": 8, "layers": 1, "steps": 10, "batch": 2, "seq_len": 4, "seed": 0,
     "peak": peak, "loss": loss, "bits_per_byte": loss / math.log(2), "seconds": 1.0,
-    "together": 1, "diverged_at": None,
+    "corpus": "text", "optimizer": "Muon", "together": 1, "diverged_at": None,
     "curve": [[float(d), float(PLANTED.loss(size, d))] for d in seen],
   }  # fmt: skip
 
@@ -72,6 +72,25 @@ def test_of_each_size_and_length_the_best_counts(rows, made):
     same = [r for r in rows if r["parameters"] == kept["parameters"] and r["loss"]]
     same = [r for r in same if r["tokens"] == kept["tokens"]]
     assert kept["loss"] == min(r["loss"] for r in same)
+
+
+def test_seeds_are_averaged_before_the_best_rate_is_chosen(rows):
+  one = rows[0]
+  seeds = [one | {"seed": s, "loss": loss} for s, loss in enumerate((2.0, 2.4))]
+  other = one | {"peak": 1.0, "loss": 2.1}
+  (best,) = best_of([*seeds, other])
+  assert (best["peak"], best["loss"]) == (1.0, 2.1)
+
+
+@pytest.mark.parametrize("field", ["corpus", "seq_len"])
+def test_rows_that_do_not_compare_are_refused(rows, field):
+  with pytest.raises(InputError, match=f"rows: of {field}"):
+    best_of([rows[0], rows[1] | {field: 99 if field == "seq_len" else "other"}])
+
+
+def test_one_that_diverged_is_compared_too(made):
+  wild = row(30_000, 1e14, 1e-2) | {"loss": None, "diverged_at": 7}
+  assert "diverged at step 7" in made.compare(wild)
 
 
 def test_rows_are_grouped_by_budget(rows):

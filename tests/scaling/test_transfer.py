@@ -205,12 +205,40 @@ def test_logits_are_linear_in_their_scale(batches):
   np.testing.assert_array_equal(less, 0.5 * whole)
 
 
-def test_decay_stays_away_from_norms_and_what_a_user_added():
-  decay = ((r"embed", 0.0), (r"mlp", 0.3), (r".*", 1.0))
+def test_decay_is_multiplied_with_what_a_user_gave():
+  decay = ((r"embed", 0.0), (r"mlp/up", 0.3), (r".*", 1.0))
   spec = AdamW(lr=Constant(peak=1.0), decay=decay)
   made = mup(model(128), model(32), optimizer=AdamW, depth=None).optimizer(spec)
-  assert first_match(made.decay, NAMES["table"]) == 0.0
-  assert first_match(made.decay, NAMES["q"]) == 4.0
+  found = {n: first_match(made.decay, NAMES[n]) for n in ("table", "q", "up", "norm")}
+  assert found == pytest.approx({"table": 0.0, "q": 4.0, "up": 1.2, "norm": 1.0})
+
+
+def test_sides_that_grow_unlike_have_rates_of_their_own():
+  """Muon's update has the root of the longer side as its size; keys may stay few."""
+
+  def wide(width, heads, kv_heads, hidden):
+    block = Block(
+      mixer=GQA(heads=heads, kv_heads=kv_heads, head_dim=16), mlp=GLU(hidden=hidden)
+    )
+    return LM(vocab=VOCAB, dim=width, pattern=(block,), repeats=1)
+
+  new, old = wide(256, 16, 2, 512), wide(64, 4, 2, 256)
+  made = mup(new, old, optimizer=Muon, depth=None)
+  found = {rule.pattern: rule.lr for rule in made.rules}
+  size = lambda i, o: (o / i / max(i, o)) ** 0.5  # noqa: E731
+  assert found["mixer/q$"] == pytest.approx(size(256, 256) / size(64, 64))
+  assert found["mixer/(k|v)$"] == pytest.approx(size(256, 32) / size(64, 32))
+  assert found["mlp/(gate|up)$"] == pytest.approx(size(256, 512) / size(64, 256)) == 0.5
+  assert found["mlp/down$"] == pytest.approx(size(512, 256) / size(256, 64)) == 1.0
+  adam = {r.pattern: r.lr for r in mup(new, old, optimizer=AdamW, depth=None).rules}
+  assert adam["mixer/(k|v)$"] == 1 / 4
+  assert adam["mlp/down$"] == 1 / 2
+
+
+def test_multipliers_of_the_base_are_kept():
+  own = {"logit_scale": 0.5, "head": "untied"}
+  new, old = (dataclasses.replace(model(w), **own) for w in (128, 32))
+  assert mup(new, old, optimizer=AdamW, depth=None).model.logit_scale == 0.5 / 4
 
 
 @pytest.mark.parametrize(
@@ -220,7 +248,7 @@ def test_decay_stays_away_from_norms_and_what_a_user_added():
     (lambda: mup(model(64), model(32), optimizer=AdamW, depth=2.0), "depth: 2.0"),
     (
       lambda: mup(model(64, head="untied"), model(32), optimizer=AdamW, depth=None),
-      "head is another",
+      "more than sizes: head",
     ),
     (
       lambda: mup(
@@ -230,6 +258,24 @@ def test_decay_stays_away_from_norms_and_what_a_user_added():
         depth=None,
       ),
       "another prefix",
+    ),
+    (
+      lambda: mup(
+        dataclasses.replace(model(64), softcap=30.0, logit_scale=0.5),
+        model(32),
+        optimizer=AdamW,
+        depth=None,
+      ),
+      "more than sizes: logit_scale: .*softcap",
+    ),
+    (
+      lambda: mup(
+        dataclasses.replace(model(64), scores=1),
+        dataclasses.replace(model(32), scores=1),
+        optimizer=AdamW,
+        depth=None,
+      ),
+      "scores: 1",
     ),
     (
       lambda: standard(model(64)).optimizer(
