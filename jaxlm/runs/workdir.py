@@ -110,7 +110,7 @@ def changes_since(file: epath.Path, run: Any) -> list[str]:
     InputError: the file is no config of this version.
   """
   try:
-    before = config.from_json(file.read_text(), defaults=True)
+    before = config.from_json(file.read_text())
   except (InputError, json.JSONDecodeError) as error:
     raise InputError(f"{file}: not a config that can be read: {error}") from error
   return config.differences(before, run)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -103,3 +104,12 @@ def test_a_description_of_another_model_is_refused(written):
   one = dataclasses.replace(open_model(written), model=other)
   with pytest.raises(InputError, match=r"another model. Parameter 'embed/table' is"):
     one.params(Decoder(other, Precision(), alone()))
+
+
+def test_a_description_of_before_a_field_was_added_takes_its_default(folder):
+  text = (folder / "model.json").read_text()
+  data = json.loads(text)
+  before = own.describe(folder)
+  assert data["model"].pop("logit_scale") == 1.0
+  (folder / "model.json").write_text(json.dumps(data))
+  assert own.describe(folder) == before
