@@ -8,13 +8,13 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
 
 from jaxlm import config
 from jaxlm.errors import InputError
+from jaxlm.launch import local
 from jaxlm.models import count
 from jaxlm.runs import sweep, together, train
 from jaxlm.scaling.store import Store
@@ -97,26 +97,55 @@ def test_alone_gives_the_rows_of_together(make, done, tmp_path):
   }
 
 
+KILLED = """
+import os, signal
+from jaxlm.__main__ import main
+from jaxlm.scaling.store import Store
+add = Store.add
+def killed(self, key, row):
+  if len(self.rows()) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+  add(self, key, row)
+Store.add = killed
+main()
+"""
+"""A program that is killed when its third run has been trained, and has no row yet."""
+
+
 def test_a_sweep_that_is_killed_goes_on(text, cache, make, tmp_path):
-  """SIGKILL after the first rows; no finished run is repeated, and none is lost."""
+  """No finished run is repeated, and none is lost."""
   command = [
-    sys.executable, "-m", "jaxlm", f"--config={CONFIG}:text={text},cache={cache}",
+    sys.executable, "-c", KILLED, f"--config={CONFIG}:text={text},cache={cache}",
     f"--workdir={tmp_path / 'x'}", "--config.most=1",
   ]  # fmt: skip
-  rows = tmp_path / "x/rows"
   env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
   env["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
-  with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
-    while process.poll() is None and len(list(rows.glob("*.json"))) < 2:
-      time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-  before = {place.name: place.read_bytes() for place in rows.glob("*.json")}
-  assert 2 <= len(before) < 8
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+  rows = tmp_path / "x/rows"
+  before = {place.name: place.read_bytes() for place in rows.iterdir()}
+  assert len(before) == 2
   found = dataclasses.replace(make, most=1).run(tmp_path / "x")
   assert len(found) == 8
-  after = {place.name: place.read_bytes() for place in rows.glob("*.json")}
+  after = {place.name: place.read_bytes() for place in rows.iterdir()}
   assert len(after) == 8
   assert {name: after[name] for name in before} == before
+
+
+def test_several_processes_take_each_run_together(
+  text, cache, done, tmp_path, monkeypatch
+):
+  """A run that diverges, and the one after it."""
+  for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
+    monkeypatch.delenv(name)
+  monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
+  spec = f"{CONFIG}:text={text},cache={cache},diverging=true"
+  command = [sys.executable, "-m", "jaxlm", f"--config={spec}", f"--workdir={tmp_path}"]
+  assert local.run(command, 2, 1) == 0
+  wild, good = (sweep.key_of(run) for run in config.load(spec).runs)
+  rows, (wanted,) = Store(tmp_path / "rows"), [r for r in done[1] if r["key"] == good]
+  assert rows.row(wild)["loss"] is None
+  assert rows.row(good)["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
 def test_runs_that_another_program_has_are_left_to_it(make, tmp_path, monkeypatch):
@@ -177,7 +206,7 @@ def test_rows_of_other_text_are_refused(make, done, tmp_path):
 
 
 def test_a_run_that_diverges_has_a_row_that_says_so(text, cache, tmp_path):
-  wild = tiny_sweep.one(text, cache, seed=0, peak=1e38, steps=6)
+  wild = tiny_sweep.wild(text, cache)
   (row,) = sweep.Sweep(runs=(wild,), how="alone").run(tmp_path)
   assert row["loss"] is None
   assert row["bits_per_byte"] is None

@@ -18,7 +18,16 @@ def one(text: str, cache: str, *, seed: int, peak: float, steps: int) -> Train:
   )
 
 
-def get_config(*, text: str, cache: str) -> Sweep:
+def wild(text: str, cache: str) -> Train:
+  """A run that diverges."""
+  return one(text, cache, seed=0, peak=1e38, steps=6)
+
+
+def get_config(*, text: str, cache: str, diverging: bool = False) -> Sweep:
+  """The eight runs, or a run that diverges and a good one, each alone."""
+  if diverging:
+    good = one(text, cache, seed=0, peak=1e-2, steps=6)
+    return Sweep(runs=(wild(text, cache), good), how="alone")
   return Sweep(
     runs=tuple(
       one(text, cache, seed=seed, peak=peak, steps=steps)
