@@ -25,7 +25,7 @@ from jaxlm.training.schedules import WarmupCosine
 Scale = Literal["tiny", "real"]
 Rules = Literal["mup", "none"]
 WIDTHS: dict[Scale, tuple[int, ...]] = {
-  "tiny": (16, 32, 64),
+  "tiny": (16, 32),
   "real": (32, 64, 128, 256),
 }
 PEAKS: dict[Scale, tuple[float, ...]] = {

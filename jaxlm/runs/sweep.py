@@ -107,7 +107,7 @@ class Sweep:
       print(doing.progress())
       if doing.stopped:
         print(f"stopped by {doing.stopped}. The same command goes on from there.")
-    rows = [doing.store.row(key_of(run)) for run in self.runs]
+    rows = [doing.store.row(doing.key(run)) for run in self.runs]
     return [row for row in rows if row is not None]
 
   def planned(self) -> list[Row]:
@@ -159,6 +159,8 @@ class Doing:
     self.sweep, self.workdir = sweep, workdir
     self.store = Store(workdir / ROWS)
     self.stopped: str | None = None
+    # Asked for over and over, and hashing a config takes a millisecond.
+    self._keys = {id(run): key_of(run) for run in sweep.runs}
     self._corpora = {}
     for index, run in enumerate(sweep.runs):
       if run.data not in self._corpora:
@@ -187,7 +189,7 @@ class Doing:
   def check(self) -> None:
     """Raises InputError where a row is of other text than its run would read now."""
     for index, run in enumerate(self.sweep.runs):
-      row, now = self.store.row(key_of(run)), self._corpora[run.data].fingerprint
+      row, now = self.store.row(self.key(run)), self._corpora[run.data].fingerprint
       if row is not None and row["corpus"] != now:
         raise InputError(
           f"runs.{index}.data.sources: its row in {self.store.folder} was made of the "
@@ -197,7 +199,11 @@ class Doing:
 
   def missing(self, runs: Sequence[train.Train]) -> list[train.Train]:
     """Returns the runs that have no row."""
-    return [run for run in runs if self.store.row(key_of(run)) is None]
+    return [run for run in runs if self.key(run) not in self.store]
+
+  def key(self, run: train.Train) -> str:
+    """Returns the key of one of the sweep's runs."""
+    return self._keys[id(run)]
 
   def progress(self) -> str:
     """Returns a line: how many runs have ended, and how long the rest may take."""
@@ -246,7 +252,7 @@ class Doing:
     counts, tokens = count.parameters(shape.model), shape.steps * _tokens(shape)
     print(
       f"{len(runs)} x {counts.total:,} parameters, {shape.steps} steps, {tokens:,} "
-      f"tokens: {', '.join(map(key_of, runs))}"
+      f"tokens: {', '.join(map(self.key, runs))}"
     )
     if self.sweep.how == "together":
       self._together(runs)
@@ -276,7 +282,7 @@ class Doing:
       self._keep(run, outcome, {"together": len(runs)})
 
   def _alone(self, run: train.Train) -> None:
-    place = self.workdir / "runs" / key_of(run)
+    place = self.workdir / "runs" / self.key(run)
     own = dataclasses.replace(run, data=self._data(run))
     diverged_at, rows = None, []
     try:
@@ -317,14 +323,14 @@ class Doing:
       "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if processes.first():
-      self.store.add(key_of(run), row | other)
+      self.store.add(self.key(run), row | other)
     processes.meet("row")
 
   def _claimed(self, run: train.Train, claims: contextlib.ExitStack) -> bool:
     """Takes a run for this program, until the claims are given back, if it is free."""
     place = self.workdir / "claims"
     place.mkdir(parents=True, exist_ok=True)
-    file = claims.enter_context((place / key_of(run)).open("a"))
+    file = claims.enter_context((place / self.key(run)).open("a"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -37,6 +37,9 @@ from jaxlm.training.step import make_step
 if TYPE_CHECKING:
   from jaxlm.runs.train import Train
 
+PADDED = 4096
+"""Steps whose learning rates are computed at once."""
+
 
 class Outcome(NamedTuple):
   """What a run of a group leaves."""
@@ -233,4 +236,6 @@ def train(
 def _rates(run: "Train") -> np.ndarray:
   """Returns the learning rate of every step, float32 as a step alone would have it."""
   schedule = schedules.build(run.optimizer.lr, run.steps)
-  return np.asarray(jax.vmap(schedule)(jnp.arange(run.steps)), np.float32)
+  # Of one length for most runs: jax compiles each operation for each length.
+  padded = -(-run.steps // PADDED) * PADDED
+  return np.asarray(jax.vmap(schedule)(jnp.arange(padded)), np.float32)[: run.steps]

@@ -35,6 +35,10 @@ class Store:
     found = [self._read(place) for place in self.folder.glob("*.json")]
     return sorted(found, key=lambda row: (row["flops"]["causal"], row["key"]))
 
+  def __contains__(self, key: str) -> bool:
+    """Whether the run has ended."""
+    return self._place(key).exists()
+
   def row(self, key: str) -> Row | None:
     """Returns the row of a run; None: it has not ended.
 
