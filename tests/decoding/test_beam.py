@@ -77,7 +77,9 @@ def test_enough_beams_find_the_likeliest_of_all():
   for rows, prompt in zip(found, PROMPTS, strict=True):
     scores = {}
     options = {"tokens": 1, "top": VOCAB}
-    (first,) = generate(*made(RINGS), [prompt], GREEDY, **options)[0].top
+    # As many rows as below: they share a program.
+    alike = [prompt] * (VOCAB - 2)
+    (first,) = generate(*made(RINGS), alike, GREEDY, **options)[0].top
     likeliest = sorted(first, key=first.get, reverse=True)[: VOCAB - 2]
     longer = [[*prompt, token] for token in likeliest]
     for token, row in zip(
@@ -91,10 +93,10 @@ def test_enough_beams_find_the_likeliest_of_all():
     )
 
 
-@pytest.mark.parametrize("cache", [None, "int8"])
-def test_a_prompt_depends_on_neither_neighbours_nor_chunks(cache):
+def test_a_prompt_depends_on_neither_neighbours_nor_chunks():
+  """With the cache whose scales move too; of floats, transformers are the judge."""
   beam = Beam(width=3, returned=2)
-  options = {"tokens": 6, "stops": (3,), "cache": cache}
+  options = {"tokens": 6, "stops": (3,), "cache": "int8"}
   together = search(PROMPTS, beam, RINGS, **options)
   for prompt, wanted in zip(PROMPTS, together, strict=True):
     (found,) = search([prompt], beam, RINGS, **options, chunk=2)
@@ -111,9 +113,9 @@ def test_a_prompt_depends_not_on_the_mesh():
 
 
 def test_terms_compile_nothing():
-  search(PROMPTS, Beam(width=2), RINGS, tokens=8)
+  search(PROMPTS, Beam(width=3), RINGS, tokens=8)
   with compiles() as told:
-    other = Beam(width=2, length_penalty=2.0, early_stopping="never", returned=2)
+    other = Beam(width=3, length_penalty=2.0, early_stopping="never", returned=2)
     search([[7, 2], [1], [4, 4]], other, RINGS, tokens=7, stops=(5,))
   assert told.names == []
 
@@ -129,7 +131,7 @@ def test_the_best_of_samples():
     assert len({tuple(row.tokens) for row in rows}) > 1
   alone = best_of(*made(RINGS), PROMPTS[1:2], free, 4, tokens=5, stops=(2,))
   assert [row.tokens for row in alone[0]] == [row.tokens for row in found[1]]
-  unnamed = best_of(*made(RINGS), [PROMPTS[0]] * 2, Sampling(), 3, tokens=5)
+  unnamed = best_of(*made(RINGS), [PROMPTS[0]] * 3, Sampling(), 4, tokens=5)
   assert [row.tokens for row in unnamed[0]] != [row.tokens for row in unnamed[1]]
 
 

@@ -19,6 +19,8 @@ V = len(LOGITS)
 STOP = 3
 process, probabilities = jax.jit(choice.process), jax.jit(choice.probabilities)
 choose = jax.jit(choice.choose, static_argnames="top")
+see = jax.jit(choice.see)
+allow_top_k, allow_top_p = jax.jit(choice.allow_top_k), jax.jit(choice.allow_top_p)
 
 
 @functools.cache
@@ -31,18 +33,15 @@ def golden():
 
 def requested(name: str) -> Sampling:
   fields = golden()[1]["cases"][name]
-  tuples = {
-    "allowed": tuple,
-    "banned": tuple,
-    "logit_bias": lambda b: (*map(tuple, b),),
-  }
+  pairs = lambda b: (*map(tuple, b),)  # noqa: E731
+  tuples = {"allowed": tuple, "banned": tuple, "logit_bias": pairs}
   return Sampling(**{k: tuples.get(k, lambda v: v)(v) for k, v in fields.items()})
 
 
 def seen_after(made, prompts, outputs, vocab):
   seen = choice.start(made, prompts, vocab)
   for token_B in np.asarray(outputs, np.int32).T:
-    seen = choice.see(seen, jnp.asarray(token_B), jnp.ones(len(token_B), bool))
+    seen = see(seen, jnp.asarray(token_B), jnp.ones(len(token_B), bool))
   return seen
 
 
@@ -83,9 +82,8 @@ def test_rows_of_one_batch_may_differ_in_every_field(row):
 
 
 def test_a_row_without_a_wish_keeps_every_bit():
-  full = dataclasses.replace(
-    requested("all"), presence_penalty=0.3, frequency_penalty=0.2
-  )
+  penalties = {"presence_penalty": 0.3, "frequency_penalty": 0.2}
+  full = dataclasses.replace(requested("all"), **penalties)
   made = controls([full, Sampling()], 101, stops=(5,))
   made = made._replace(mask_BV=jnp.ones((2, 101), bool))
   row = np.linspace(-90, 80, 101, dtype=np.float32)
@@ -105,8 +103,7 @@ def test_what_no_row_uses_is_not_in_the_program():
   assert names(Sampling()) == set()
   assert "scan" not in names(Sampling(temperature=0.5, presence_penalty=1.0))
   assert "scan" in str(jax.make_jaxpr(choice.allow_top_k)(LOGITS[None], np.array([3])))
-  greedy = controls([Sampling(temperature=0)], V)
-  assert greedy.key_B2 is None
+  assert controls([Sampling(temperature=0)], V).key_B2 is None
 
 
 def distribution(sampling, *, prompt=(), output=(), stops=()):
@@ -273,7 +270,7 @@ def decoded(rows, steps=12, place=None):
     logits = jax.device_put(logits, place)
     step_B = jnp.full(len(rows), step, jnp.int32)
     found = choose(made, seen, logits, step_B)
-    seen = choice.see(seen, found.token_B, jnp.ones(len(rows), bool))
+    seen = see(seen, found.token_B, jnp.ones(len(rows), bool))
     tokens.append(np.asarray(found.token_B))
   return np.stack(tokens, axis=1)
 
@@ -305,7 +302,7 @@ def test_draws_are_those_of_the_row_s_seed_and_position():
   key = jax.random.fold_in(jax.random.key(7), 3)
   (wanted,) = [int(jax.random.categorical(key, jnp.zeros(1000)))]
   assert drawn([7], 3) == [wanted]
-  assert drawn([5, 7, 7], 3)[1:] == [wanted, wanted]
+  assert drawn([5, 7, 7, 7], 3)[1:] == [wanted] * 3
   assert drawn([7], 3, batch=1) == [wanted]
   assert wanted not in drawn([7], 4) + drawn([8], 3) + drawn([7 + 2**32], 3)
 
@@ -331,15 +328,12 @@ def test_log_probabilities_of_chosen_and_likeliest_tokens():
   assert (token[3], found.sampling_B[3]) == (1, 0.0)
   best = [1, 3, 5, 0]
   assert np.asarray(found.top_model.token_BN).tolist() == [best] * 4
-  wanted = np.log(PROBABILITIES)[best]
-  np.testing.assert_allclose(found.top_model.logprob_BN, [wanted] * 4, atol=1e-5)
+  wanted = [np.log(PROBABILITIES)[best]] * 4
+  np.testing.assert_allclose(found.top_model.logprob_BN, wanted, atol=1e-5)
   top = np.asarray(found.top_sampling.logprob_BN)
   assert np.asarray(found.top_sampling.token_BN)[:, 0].tolist() == [1] * 4
-  np.testing.assert_allclose(
-    top[:3],
-    [[*np.log(sharp[best[:3]]), -np.inf]] * 3,
-    atol=1e-5,
-  )
+  sharpest = [*np.log(sharp[best[:3]]), -np.inf]
+  np.testing.assert_allclose(top[:3], [sharpest] * 3, atol=1e-5)
   assert top[3].tolist() == [0.0, -np.inf, -np.inf, -np.inf]
   assert choose(made, seen, logits, jnp.arange(4)).top_model is None
 
@@ -382,9 +376,9 @@ def left(masked):
 
 def test_ties_at_the_edge_stay():
   logits = jnp.asarray([[1.0, 3.0, 2.0, 2.0, 2.0]] * 3)
-  found = choice.allow_top_k(logits, jnp.asarray([2, 1, 5]))
+  found = allow_top_k(logits, jnp.asarray([2, 1, 5]))
   assert left(found) == [[1, 2, 3, 4], [1], [0, 1, 2, 3, 4]]
-  found = choice.allow_top_p(logits, jnp.asarray([0.6, 0.1, 0.99]))
+  found = allow_top_p(logits, jnp.asarray([0.6, 0.1, 0.99]))
   assert left(found) == [[1, 2, 3, 4], [1], [0, 1, 2, 3, 4]]
 
 
@@ -396,10 +390,10 @@ def test_the_edge_is_where_sorting_finds_it(scale):
   logits[:, 5::11] = -np.inf
   k = random.integers(1, 250, size=20)
   least = -np.sort(-logits, axis=1)[np.arange(20), k - 1]
-  found = choice.allow_top_k(jnp.asarray(logits), jnp.asarray(k, jnp.int32))
+  found = allow_top_k(jnp.asarray(logits), jnp.asarray(k, jnp.int32))
   assert left(found) == left(np.where(logits >= least[:, None], logits, -np.inf))
   p = random.uniform(0.05, 0.95, size=20)
-  found = choice.allow_top_p(jnp.asarray(logits), jnp.asarray(p, jnp.float32))
+  found = allow_top_p(jnp.asarray(logits), jnp.asarray(p, jnp.float32))
   probability = special.softmax(logits.astype(np.float64), axis=1)
   above = (probability[:, None] * (logits[:, None] > logits[:, :, None])).sum(-1)
   assert np.abs(above - p[:, None]).min() > 1e-6
